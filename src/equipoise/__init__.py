@@ -1,0 +1,83 @@
+"""Equipoise: equilibrium networks that keep their guarantee at any bit-width.
+
+One public path per name; whatever is not listed here is private.
+"""
+
+from importlib.metadata import version as _version
+
+from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
+from .certificates import Certificate, certify, input_lipschitz, lipschitz, margin
+from .errors import (
+    ConvergenceError,
+    ConvergenceWarning,
+    DataNotFoundError,
+    EquipoiseError,
+    FileFormatError,
+    InputError,
+    MissingExtraError,
+    NotWellPosedError,
+    OptionError,
+    OutputError,
+    StructureError,
+)
+from .layers import MonDEQ
+from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
+from .quantize import quantize, size
+from .solvers import (
+    Anderson,
+    Broyden,
+    DouglasRachford,
+    ForwardBackward,
+    PeacemanRachford,
+    Picard,
+    Solution,
+    Solver,
+    Tseng,
+)
+
+__version__ = _version("equipoise")
+
+__all__ = [
+    "ELU",
+    "Activation",
+    "Anderson",
+    "Assembled",
+    "Broyden",
+    "Cayley",
+    "Certificate",
+    "Compensated",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DataNotFoundError",
+    "DouglasRachford",
+    "EquipoiseError",
+    "FileFormatError",
+    "ForwardBackward",
+    "Hardtanh",
+    "InputError",
+    "LeakyReLU",
+    "MissingExtraError",
+    "MonDEQ",
+    "NotWellPosedError",
+    "OptionError",
+    "OutputError",
+    "PeacemanRachford",
+    "Picard",
+    "ReLU",
+    "Scheme",
+    "Sigmoid",
+    "SoftThreshold",
+    "Softplus",
+    "Solution",
+    "Solver",
+    "StructureError",
+    "Structured",
+    "Tanh",
+    "Tseng",
+    "certify",
+    "input_lipschitz",
+    "lipschitz",
+    "margin",
+    "quantize",
+    "size",
+]

@@ -1,0 +1,314 @@
+"""Activations as proximal maps of convex functions.
+
+A monotone equilibrium network needs an activation σ that is the proximal map of a convex, closed, proper,
+separable f: σ = prox_f, that is σ non-decreasing with slopes in [0, 1] (theory §1). A splitting with
+step α calls prox_{αf}, which is *not* σ in general. Every class here gives
+
+- ``activation(v)``          σ(v),
+- ``prox(v, alpha)``         prox_{αf}(v),
+- ``reflect(v, alpha)``      2 prox_{αf}(v) − v,
+- ``derivative(v)``          σ'(v), entries in [0, 1] (at a kink: the left slope),
+- ``evaluation_error(p)``    a bound on |fl(σ(v)) − σ(v)| for a computed p = fl(σ(v)).
+
+All act elementwise on tensors of any shape and keep shape and dtype.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import OptionError
+
+__all__ = [
+    "ACTIVATIONS",
+    "ELU",
+    "Activation",
+    "Hardtanh",
+    "LeakyReLU",
+    "Linearized",
+    "ReLU",
+    "Sigmoid",
+    "SoftThreshold",
+    "Softplus",
+    "Tanh",
+    "activation_from_dict",
+    "as_activation",
+]
+
+NEWTON_STEPS = 40
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise OptionError(message)
+
+
+@dataclass(frozen=True)
+class Activation(ABC):
+    """A scalar proximal map σ = prox_f applied elementwise (theory §1)."""
+
+    ulps: ClassVar[float] = 0.0
+    """|fl(σ(v)) − σ(v)| <= ulps · eps · max(|σ(v)|, tiny): 0 where σ is evaluated without rounding."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @abstractmethod
+    def __call__(self, v: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def derivative(self, v: Tensor) -> Tensor: ...
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        """prox_{αf}(v) = σ(t) where α t + (1 − α) σ(t) = v.
+
+        The left side has slopes between min(1, α) and max(1, α), so t is unique and bracketed; Newton's
+        step is taken where it stays in the bracket and bisection elsewhere. The number of steps is
+        fixed: no device synchronisation.
+        """
+        if alpha == 1.0:
+            return self(v)
+        low, high = self._bracket(v, alpha)
+        t = v.clamp(low, high)
+        for _ in range(NEWTON_STEPS):
+            gap = alpha * t + (1 - alpha) * self(t) - v
+            low = torch.where(gap <= 0, t, low)
+            high = torch.where(gap >= 0, t, high)
+            newton = t - gap / (alpha + (1 - alpha) * self.derivative(t))
+            inside = (newton >= low) & (newton <= high)
+            t = torch.where(inside, newton, (low + high) / 2)
+        return self(t)
+
+    def _bracket(self, v: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """An interval that holds the root t: the root of the affine bounds through (0, (1 − α) σ(0))."""
+        shifted = v - (1 - alpha) * self(torch.zeros((), dtype=v.dtype, device=v.device))
+        ends = shifted, shifted / alpha
+        slack = torch.finfo(v.dtype).eps * (v.abs() + ends[1].abs() + 1) * 4
+        return torch.minimum(*ends) - slack, torch.maximum(*ends) + slack
+
+    def reflect(self, v: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+        """2 prox_{αf}(v) − v, into ``out`` where given (no gradient is recorded then)."""
+        return torch.sub(self.prox(v, alpha), v, alpha=0.5, out=out).mul_(2)
+
+    def evaluation_error(self, p: Tensor) -> Tensor | float:
+        """Elementwise bound on the rounding of ``p = fl(σ(v))``; 0.0 where there is none."""
+        if self.ulps == 0:
+            return 0.0
+        info = torch.finfo(p.dtype)
+        return self.ulps * info.eps * p.abs().clamp_min(info.tiny)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ReLU(Activation):
+    """σ(v) = max(v, 0); f is the indicator of the non-negative orthant, so prox_{αf} = σ for every α."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v.relu()
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        return v.relu()
+
+    def reflect(self, v: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+        return torch.abs(v, out=out)
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return (v > 0).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class LeakyReLU(Activation):
+    """σ(v) = v for v >= 0 and ``slope`` · v below, slope in [0, 1]."""
+
+    slope: float = 0.01
+    ulps: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.slope <= 1, f"LeakyReLU slope is {self.slope}; a proximal map needs 0 <= slope <= 1")
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(v, self.slope)
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        a = self.slope
+        return torch.nn.functional.leaky_relu(v, a / (a + alpha * (1 - a)))
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return torch.where(v > 0, 1.0, self.slope).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class Tanh(Activation):
+    """σ(v) = tanh v."""
+
+    ulps: ClassVar[float] = 4.0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v.tanh()
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return 1 - v.tanh().square()
+
+
+@dataclass(frozen=True)
+class Sigmoid(Activation):
+    """σ(v) = 1/(1 + e^{−v}); slopes in [0, 1/4]."""
+
+    ulps: ClassVar[float] = 4.0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v.sigmoid()
+
+    def derivative(self, v: Tensor) -> Tensor:
+        s = v.sigmoid()
+        return s * (1 - s)
+
+
+@dataclass(frozen=True)
+class Softplus(Activation):
+    """σ(v) = log(1 + e^v)."""
+
+    ulps: ClassVar[float] = 4.0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        # torch's softplus switches to v above a threshold, an error of 2e-9; this form has none. It is
+        # max(v, 0) + log1p(e^{-|v|}).
+        return v.relu() + torch.log1p(torch.exp(-v.abs()))
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return v.sigmoid()
+
+
+@dataclass(frozen=True)
+class ELU(Activation):
+    """σ(v) = v for v >= 0 and ``scale`` · (e^v − 1) below, scale in (0, 1]."""
+
+    scale: float = 1.0
+    ulps: ClassVar[float] = 4.0
+
+    def __post_init__(self) -> None:
+        _check(0 < self.scale <= 1, f"ELU scale is {self.scale}; slopes in [0, 1] need 0 < scale <= 1")
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return torch.where(v > 0, v, self.scale * torch.expm1(v.clamp(max=0)))
+
+    def derivative(self, v: Tensor) -> Tensor:
+        one = torch.ones((), dtype=v.dtype, device=v.device)
+        return torch.where(v > 0, one, self.scale * torch.exp(v.clamp(max=0)))
+
+
+@dataclass(frozen=True)
+class Hardtanh(Activation):
+    """σ(v) = v clamped to [low, high]; f is an interval's indicator, so prox_{αf} = σ for every α."""
+
+    low: float = -1.0
+    high: float = 1.0
+    ulps: ClassVar[float] = 1.0  # the ends, rounded to the tensor's dtype
+
+    def __post_init__(self) -> None:
+        _check(self.low < self.high, f"Hardtanh needs low < high, got [{self.low}, {self.high}]")
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v.clamp(self.low, self.high)
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        return self(v)
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return ((v > self.low) & (v < self.high)).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class SoftThreshold(Activation):
+    """σ(v) = sign(v) max(|v| − threshold, 0), the proximal map of threshold · |·|."""
+
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self.threshold >= 0, f"SoftThreshold threshold is {self.threshold}; it must be >= 0")
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.prox(v, 1.0)
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        width = alpha * self.threshold
+        return v - v.clamp(-width, width)
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return (v.abs() > self.threshold).to(v.dtype)
+
+    def evaluation_error(self, p: Tensor) -> Tensor | float:
+        return torch.finfo(p.dtype).eps * (p.abs() + self.threshold)  # the threshold is rounded too
+
+
+@dataclass(frozen=True, eq=False)
+class Linearized(Activation):
+    """v ↦ D v with a tensor D of slopes in [0, 1]: the activation of the backward problem (theory §3).
+
+    It is the proximal map of a separable quadratic (of the indicator of {0} where D = 0):
+    prox_{αf}(v) = D v / (D + α (1 − D)). For ReLU, D is 0 or 1 and the reflection multiplies by ±1.
+    """
+
+    slopes: Tensor
+    _gains: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.slopes * v
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        return self._gain(alpha)[0] * v
+
+    def reflect(self, v: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+        return torch.mul(self._gain(alpha)[1], v, out=out)
+
+    def derivative(self, v: Tensor) -> Tensor:
+        return self.slopes
+
+    def evaluation_error(self, p: Tensor) -> Tensor | float:
+        return torch.finfo(p.dtype).eps * p.abs()
+
+    def _gain(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """Gain of the proximal map and of its reflection, formed once per step size."""
+        if alpha not in self._gains:
+            gain = self.slopes / (self.slopes + alpha * (1 - self.slopes))
+            self._gains[alpha] = gain, 2 * gain - 1
+        return self._gains[alpha]
+
+
+ACTIVATIONS: dict[str, type[Activation]] = {
+    cls.__name__: cls for cls in (ReLU, LeakyReLU, Tanh, Sigmoid, Softplus, ELU, Hardtanh, SoftThreshold)
+}
+
+
+def as_activation(value: Activation | str) -> Activation:
+    """An :class:`Activation`, also from its name in any case; raises :class:`OptionError` for others."""
+    if isinstance(value, Activation):
+        return value
+    names = {name.lower(): cls for name, cls in ACTIVATIONS.items()}
+    if isinstance(value, str) and value.lower() in names:
+        return names[value.lower()]()
+    raise OptionError(
+        f"unknown activation {value!r}; a proximal map is needed: one of {', '.join(ACTIVATIONS)} "
+        "(GELU and SiLU are not monotone with slopes in [0, 1])"
+    )
+
+
+def activation_from_dict(fields: Mapping[str, Any]) -> Activation:
+    """The inverse of :meth:`Activation.to_dict`."""
+    options = dict(fields)
+    name = options.pop("name", None)
+    if name not in ACTIVATIONS:
+        raise OptionError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    try:
+        return ACTIVATIONS[name](**options)
+    except TypeError as error:
+        raise OptionError(f"activation {name} does not take {sorted(options)}") from error

@@ -1,0 +1,86 @@
+"""How fast a solver is proved to converge: factors, step counts, and what inexact steps cost (C1, C2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import verified
+from ..operators import DenseOperator
+from ..solvers import (
+    DouglasRachford,
+    ForwardBackward,
+    PeacemanRachford,
+    Picard,
+    Solver,
+    Tseng,
+)
+
+__all__ = ["closed_rates", "inexact_factor", "solver_rate", "steps_for"]
+
+SLACK = 1 + 2.0**-45
+"""Covers the dozen roundings of a closed formula."""
+
+
+def closed_rates(margin: float, lipschitz: float) -> dict[str, float | None]:
+    """The closed bounds at their own best steps, κ = L/m (theory §2 [WK20, G17]).
+
+    forward–backward √(1 − 1/κ²) at α = m/L², Peaceman–Rachford √((κ − 1)/(κ + 1)) at α = 1/L, Douglas–Rachford
+    (1 + ρ_PR)/2. None where no positive margin is proved.
+    """
+    names = "forward_backward", "peaceman_rachford", "douglas_rachford"
+    if not margin > 0:
+        return dict.fromkeys(names)
+    kappa = max(lipschitz / margin, 1.0) * SLACK
+    rates = _below_one(math.sqrt(1 - 1 / kappa**2)), _below_one(math.sqrt((kappa - 1) / (kappa + 1)))
+    return dict(zip(names, (*rates, None if rates[1] is None else _below_one((1 + rates[1]) / 2)), strict=True))
+
+
+def _below_one(rate: float) -> float | None:
+    bound = rate * SLACK + 2.0**-52
+    return bound if bound < 1 else None
+
+
+def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float, float | None]:
+    """(α, ρ): the step the solver takes on this operator and a proved bound ρ < 1 of its factor, or None.
+
+    Peaceman–Rachford ‖C_α‖₂, Douglas–Rachford (1 + ‖C_α‖₂)/2, forward–backward ‖(1 − α) I + αW‖₂, Picard
+    1 − α + α‖W‖₂ for α <= 1, Tseng √(1 − pq/(p + q)) with p = 1 − α²L², q = 2αm (from its descent inequality
+    and strong monotonicity). Nothing is proved of Anderson and Broyden.
+    """
+    alpha = solver.tune(operator).alpha
+    matrix, error = operator.matrix64()
+    rate: float | None = None
+    if isinstance(solver, (PeacemanRachford, DouglasRachford)):
+        if operator.stored_cayley is not None and operator.stored_cayley[0] == alpha:
+            rate = verified.spectral_norm(operator.stored_cayley[1])
+        else:
+            rate = verified.cayley_norm(matrix, alpha, error)
+        if rate is not None and isinstance(solver, DouglasRachford):
+            rate = verified.up((1 + rate) / 2)
+    elif isinstance(solver, ForwardBackward):
+        step = alpha * matrix + (1 - alpha) * torch.eye(operator.features, dtype=torch.float64)
+        forming = 4 * verified.UNIT * (alpha * operator.absolute_norm() + abs(1 - alpha)) * SLACK
+        rate = verified.spectral_norm(step, verified.up(alpha * error * SLACK + forming))
+    elif isinstance(solver, Picard) and alpha <= 1:
+        rate = (1 - alpha + alpha * operator.norm()) * SLACK
+    elif isinstance(solver, Tseng) and operator.margin() > 0:
+        p, q = 1 - (alpha * operator.lipschitz()) ** 2 * SLACK, 2 * alpha * operator.margin()
+        rate = math.sqrt(max(1 - p * q / (p + q), 0.0)) * SLACK + 2.0**-50 if p > 0 else None
+    return alpha, rate if rate is not None and rate < 1 else None
+
+
+def steps_for(rate: float | None, tol: float) -> int | None:
+    """Proved steps until the distance to the equilibrium has shrunk by ``tol``: least k with ρᵏ <= tol."""
+    if rate is None:
+        return None
+    if rate == 0:
+        return 1
+    count = math.ceil(math.log(tol) / math.log(rate) * (1 + 1e-9))
+    return max(count, 1)
+
+
+def inexact_factor(rate: float | None) -> float | None:
+    """1/(1 − ρ): steps with errors of at most ε end within ε times this of the equilibrium (C2 [LLC26])."""
+    return None if rate is None else verified.up(1 / verified.down(1 - rate))

@@ -1,0 +1,195 @@
+"""How far quantization moves an equilibrium, per input, and which predictions it cannot change (T3).
+
+Everything is float64 on the CPU. For any w let p = σ(W̃ w + q̃); monotonicity of the float network gives
+‖p − z*‖ ≤ ‖(W̃ w + q̃) − (W p + q)‖/m, and that of the quantized one ‖p − z̃*‖ ≤ ‖W̃ (w − p)‖/m̃; together the primal
+side of T3 with the solver's error counted. The dual side swaps the networks. The smaller is reported. In a
+chain of modules the bounds of one layer are the input perturbations of the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import verified
+from ..activations import Activation
+from ..layers.linear import QuantizedLinear, affine64
+from ..layers.mondeq import MonDEQ
+from ..operators import DenseOperator
+from ..solvers import PeacemanRachford, Problem, solve
+
+__all__ = ["Side", "Trace", "agreement", "equilibrium_trace", "linear_trace"]
+
+SLACK = 1 + 1e-12
+"""Covers the additions and divisions of per-sample bounds, a few dozen roundings at most."""
+
+SOLVE_TOL = 1e-11
+
+
+@dataclass(frozen=True)
+class Side:
+    """One network's layer in float64: W with its proofs, U, b, and bounds on their own storage errors."""
+
+    operator: DenseOperator
+    activation: Activation
+    U: Tensor
+    b: Tensor
+    e_U: float
+    e_b: float
+    norm_U: float
+    spread_U: float
+
+    @classmethod
+    def of(cls, layer: MonDEQ, operator: DenseOperator) -> Side:
+        """``operator``: the layer's proved one; the computations here use its exact matrix."""
+        matrix, error = operator.matrix64()
+        wide = DenseOperator(matrix, exact=(matrix, error), derived=dict(operator.shared_proofs()))
+        assert isinstance(layer.injection, (nn.Linear, QuantizedLinear))
+        U, b, e_U, e_b = affine64(layer.injection)
+        norm, spread = verified.spectral_norm(U, e_U), verified.absolute_norm(U)
+        return cls(wide, layer.activation, U, b, e_U, e_b, norm, spread)
+
+    def inject(self, a: Tensor) -> Tensor:
+        return a @ self.U.mT + self.b
+
+    def find(self, a: Tensor) -> Tensor:
+        """The equilibrium at inputs ``a (B, d)``, to solver tolerance."""
+        problem = Problem(self.operator, self.inject(a), self.activation)
+        solver = PeacemanRachford()
+        with torch.no_grad():
+            return solve(solver, problem, solver.tune(self.operator), SOLVE_TOL, "bound").value
+
+    def rounding(self, w: Tensor, a: Tensor) -> Tensor:
+        """Bound ``(B,)`` on the error of the computed W w + U a + b, and on what storage leaves open."""
+        n, d = self.U.shape
+        gamma = verified.gamma(n + d + 8)
+        size_w, size_a = verified.row_norms(w), verified.row_norms(a)
+        products = self.operator.absolute_norm() * size_w + self.spread_U * size_a + float(self.b.norm()) * SLACK
+        stored = self.operator.representation_error * size_w + self.e_U * size_a + self.e_b
+        return (gamma * products + stored + verified.TINY * (n + d) ** 2) * SLACK
+
+
+class Trace(NamedTuple):
+    """Both networks' computed points after a module, and bounds ``(B,)`` in the 2-norm.
+
+    ``error_q`` >= ‖quantized − exact quantized‖, ``error_r`` likewise for the reference,
+    ``displacement`` >= ‖exact quantized − exact reference‖, ``to_reference`` >= ‖quantized − exact reference‖.
+    """
+
+    quantized: Tensor
+    reference: Tensor
+    error_q: Tensor
+    error_r: Tensor
+    displacement: Tensor
+    to_reference: Tensor
+
+
+def start(x: Tensor) -> Trace:
+    """Both networks see the same exact inputs ``x (B, d)``."""
+    none = torch.zeros(len(x), dtype=torch.float64)
+    return Trace(x, x, none, none, none, none)
+
+
+def _cross(here: Side, there: Side, w: Tensor, a: Tensor, doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, ‖p − here's z*‖ bound, ‖p − there's z*‖ bound) for p = σ_here(W w + U a + b).
+
+    ``a`` is here's computed input; ``doubt (B, 2)`` bounds its distance to here's and there's exact inputs.
+    """
+    v = here.operator.apply(w) + here.inject(a)
+    p = here.activation(v)
+    evaluation = here.activation.evaluation_error(p)
+    delta = verified.row_norms(evaluation) * SLACK if isinstance(evaluation, Tensor) else torch.zeros(len(p)).double()
+    r = here.rounding(w, a)
+    m_here, m_there = here.operator.margin(), there.operator.margin()
+
+    # the same network: W (w − p), with p's own evaluation error
+    gap = w - p
+    own = verified.row_norms(here.operator.apply(gap)) + here.rounding(gap, torch.zeros_like(a))
+    own = own + verified.UNIT * here.operator.norm() * verified.row_norms(gap)
+    own = own + r + here.norm_U * doubt[:, 0] + here.operator.norm() * delta
+    # the other network: (W w + U a + b) − (W' p + U' a + b')
+    moved = v - (there.operator.apply(p) + there.inject(a))
+    other = verified.row_norms(moved) * SLACK + r + there.rounding(p, a)
+    other = other + there.norm_U * doubt[:, 1] + there.operator.norm() * delta
+    return p, (own / m_here + delta) * SLACK, (other / m_there + delta) * SLACK
+
+
+def equilibrium_trace(quantized: Side, reference: Side, before: Trace) -> Trace:
+    """Through one equilibrium layer; both margins must be proved positive."""
+    at_q = torch.stack((before.error_q, before.to_reference), 1)
+    p, own_q, to_r = _cross(quantized, reference, quantized.find(before.quantized), before.quantized, at_q)
+    at_r = torch.stack((before.error_r, before.displacement + before.error_r), 1)
+    p_r, own_r, to_q = _cross(reference, quantized, reference.find(before.reference), before.reference, at_r)
+    displacement = torch.minimum(to_r + own_q, to_q + own_r) * SLACK
+    return Trace(p, p_r, own_q, own_r, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
+
+
+def linear_trace(
+    quantized: nn.Linear | QuantizedLinear, reference: nn.Linear | QuantizedLinear, before: Trace
+) -> Trace:
+    """Through a linear module on both sides."""
+    (V, c, e_V, e_c), (R, s, e_R, e_s) = affine64(quantized), affine64(reference)
+    out_q, out_r = before.quantized @ V.mT + c, before.reference @ R.mT + s
+    size_q, size_r = verified.row_norms(before.quantized), verified.row_norms(before.reference)
+    gamma = verified.gamma(V.shape[1] + 8)
+    round_q = gamma * (verified.absolute_norm(V) * size_q + float(c.norm())) + e_V * size_q + e_c
+    round_r = gamma * (verified.absolute_norm(R) * size_r + float(s.norm())) + e_R * size_r + e_s
+    norm_V, norm_R = verified.spectral_norm(V, e_V), verified.spectral_norm(R, e_R)
+    # (V a_q + c) − (R a_r + s) = R (a_q − a_r) + (V − R) a_q + (c − s), a_q the computed point
+    change = verified.row_norms(before.quantized @ (V - R).mT + (c - s)) + 2 * (round_q + round_r)
+    change = change + gamma * verified.absolute_norm(R) * size_q + e_R * size_q
+    to_reference = (norm_R * before.to_reference + change + round_q) * SLACK
+    error_q = (norm_V * before.error_q + round_q) * SLACK
+    # exact against exact: the exact a_q is within error_q of the computed one
+    delta_norm = verified.spectral_norm(V - R, e_V + e_R) * SLACK
+    displacement = (norm_R * before.displacement + change + delta_norm * before.error_q) * SLACK
+    return Trace(out_q, out_r, error_q, (norm_R * before.error_r + round_r) * SLACK, displacement, to_reference)
+
+
+def lipschitz_one_trace(module: nn.Module, before: Trace) -> Trace:
+    """Through a 1-Lipschitz module without weights, evaluated with at most 8 ulps of error."""
+    outs = module(before.quantized), module(before.reference)
+    slip_q, slip_r = (16 * verified.UNIT * verified.row_norms(out.flatten(1)) + verified.TINY * 64 for out in outs)
+    return Trace(
+        *outs,
+        (before.error_q + slip_q) * SLACK,
+        (before.error_r + slip_r) * SLACK,
+        before.displacement,
+        (before.to_reference + slip_q) * SLACK,
+    )
+
+
+def agreement(quantized: nn.Linear | QuantizedLinear, reference: nn.Linear | QuantizedLinear, before: Trace) -> Tensor:
+    """Which inputs ``(B,)`` provably get the reference's class through the final heads (theory §5).
+
+    With p the computed quantized state and i its top class under the float head: gap_ij > ‖V_i − V_j‖₂ · bound for
+    every j, with the bound on ‖p − z*‖ for the float head and on ‖p − z̃*‖ for the quantized one.
+    """
+    p = before.quantized
+    top = _scores(reference, p).argmax(1)
+    return _settled(reference, p, top, before.to_reference) & _settled(quantized, p, top, before.error_q)
+
+
+def _scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:
+    V, c, _, _ = affine64(head)
+    return p @ V.mT + c
+
+
+def _settled(head: nn.Linear | QuantizedLinear, p: Tensor, top: Tensor, bound: Tensor) -> Tensor:
+    """Rows where class ``top`` wins at every point within ``bound`` of p, rounding included."""
+    V, c, e_V, e_c = affine64(head)
+    classes, k = V.shape
+    scores = p @ V.mT + c
+    gaps = scores.gather(1, top[:, None]) - scores
+    pairs = (V[:, None, :] - V[None, :, :]).reshape(-1, k)
+    # ‖V_i − V_j‖: one rounding an entry, and storage leaves each row open by e_V
+    widths = (verified.row_norms(pairs) * SLACK + 2 * e_V).reshape(classes, classes)
+    size = verified.row_norms(p)
+    weight = verified.row_norms(V).max() + verified.row_norms(c[None]).max()
+    rounding = 4 * verified.gamma(k + 4) * weight * (size + 1) + 2 * e_V * size + 2 * e_c
+    needed = (widths[top] * bound[:, None] + rounding[:, None]) * SLACK
+    others = torch.ones_like(gaps, dtype=torch.bool).scatter_(1, top[:, None], False)
+    return ((gaps > needed) | ~others).all(1)

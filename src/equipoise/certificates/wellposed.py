@@ -1,0 +1,97 @@
+"""Well-posedness: margin and Lipschitz constants as proved bounds, and how a perturbation moves them (T2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import verified
+from ..layers.chain import chain, equilibrium_layers
+from ..layers.linear import QuantizedLinear, affine64
+from ..layers.mondeq import MonDEQ
+from ..operators import DenseOperator, QuantizedWeight
+from ..operators.quantized import AssembledWeight
+
+__all__ = ["Perturbation", "fresh_operator", "input_lipschitz", "lipschitz", "margin", "perturbation"]
+
+
+def fresh_operator(layer: MonDEQ) -> DenseOperator:
+    """The layer's operator made anew from its stored tensors: no constant computed earlier is trusted."""
+    with torch.no_grad():
+        if isinstance(layer.recurrent, QuantizedWeight):
+            return layer.recurrent.operator(layer.bias.detach())
+        return DenseOperator(layer.recurrent().detach())
+
+
+def margin(model: nn.Module) -> float:
+    """A proved lower bound of m = λ_min(sym(I − W)), the smallest over the model's equilibrium layers.
+
+    Holds for the matrix that the stored numbers define and for the one multiplied by (theory §1, §6).
+    """
+    return min(fresh_operator(layer).margin() for _, layer in equilibrium_layers(model))
+
+
+def lipschitz(model: nn.Module) -> float:
+    """A proved upper bound of L = ‖I − W‖₂, the largest over the model's equilibrium layers."""
+    return max(fresh_operator(layer).lipschitz() for _, layer in equilibrium_layers(model))
+
+
+def input_lipschitz(model: nn.Module) -> float | None:
+    """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer [PWK21].
+
+    Linear modules on the way count with their norms; None where a layer has no proved margin.
+    """
+    bound = 1.0
+    for _, module in chain(model):
+        if isinstance(module, MonDEQ):
+            m = fresh_operator(module).margin()
+            if m <= 0:
+                return None
+            assert isinstance(module.injection, (nn.Linear, QuantizedLinear))
+            bound = verified.up(bound * verified.up(_norm(module.injection) / m))
+        elif isinstance(module, (nn.Linear, QuantizedLinear)):
+            bound = verified.up(bound * _norm(module))
+    return bound
+
+
+def _norm(linear: nn.Linear | QuantizedLinear) -> float:
+    weight, _, error, _ = affine64(linear)
+    return verified.spectral_norm(weight, error)
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """T2 in its three forms (theory §5 [LLC26]), ΔW = W̃ − W.
+
+    ``delta_norm`` >= ‖ΔW‖₂, so |m̃ − m| and |L̃ − L| are at most that. ``sufficient``: ‖ΔW‖₂ < m proved.
+    ``predeployment``: nΔ/2 < m, known before rounding, for the published scheme with scale ``max`` only (else
+    None). The exact form, m̃ > 0, is the certificate's own margin.
+    """
+
+    delta: Tensor
+    delta_norm: float
+    sufficient: bool
+    predeployment: bool | None
+
+
+def perturbation(layer: MonDEQ, operator: DenseOperator, reference: DenseOperator) -> Perturbation:
+    """ΔW between a quantized layer and its float reference, bounded."""
+    (tilde, e_tilde), (exact, e) = operator.matrix64(), reference.matrix64()
+    delta = tilde - exact
+    rounding = verified.up(verified.UNIT * verified.absolute_norm(delta))
+    norm = verified.spectral_norm(delta, verified.up(verified.up(e_tilde + e) + rounding))
+    m = reference.margin()
+    return Perturbation(delta, norm, norm < m, _predeployment(layer, m))
+
+
+def _predeployment(layer: MonDEQ, m: float) -> bool | None:
+    """nΔ/2 < m with Δ the step of the ``max`` rule; one bit and fitted scales have no such check."""
+    weights = layer.recurrent
+    if not isinstance(weights, AssembledWeight) or weights.codes.bits < 2:
+        return None
+    if layer.scheme is None or layer.scheme.scale != "max":
+        return None
+    step = float(weights.codes.scale.double().max())
+    return verified.up(layer.features * step / 2) < m

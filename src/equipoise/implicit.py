@@ -1,0 +1,111 @@
+"""Differentiation through an equilibrium (theory §3): the only ``autograd.Function`` of the package.
+
+With v = W z* + q, D = diag(σ'(v)), the gradient g of a loss at z* becomes the gradient y at v by solving
+y = D (Wᵀ y + g): the same problem with Wᵀ and the linearized activation, hence the same margin, step and rate
+(Theorem 5 of [LLC26]). Upstream of W and q is ordinary autograd, so any parametrization works.
+Second derivatives are right, too: the backward problem is again an equilibrium and is attached again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import Activation, Linearized
+from .errors import ConvergenceError, ConvergenceWarning
+from .operators import MonotoneOperator
+from .solvers import Problem, Solver, Tuning, Verdict, iterate
+
+__all__ = ["attach", "equilibrate", "report_failures"]
+
+Solve = Callable[[Problem], Tensor]
+"""Problem -> w ``(B, n)``, an equilibrium to the tolerance of its maker."""
+
+
+def equilibrate(solver: Solver, tuning: Tuning, tol: float, strict: bool, where: str) -> Solve:
+    """A :data:`Solve` that runs ``solver`` and reports the samples it leaves unfinished."""
+
+    def run(problem: Problem) -> Tensor:
+        def judge(part: Problem, w: Tensor, settled: Tensor) -> Verdict:
+            return Verdict(settled, None, (w,))
+
+        with torch.no_grad():
+            _, done, w = iterate(solver, problem, tuning, tol, "bound", judge)
+            report_failures(done, w, strict, where)
+        return w
+
+    return run
+
+
+def report_failures(done: Tensor, value: Tensor, strict: bool, where: str, reached: str = "") -> None:
+    """Warn of the samples that are not ``done``, or raise where ``strict``; ``reached`` says how far they came."""
+    if bool(done.all()):
+        return
+    failed = int((~done).sum())
+    overflowed = int((~torch.isfinite(value).all(dim=1)).sum())
+    message = (
+        f"{where}: {failed} of {len(done)} samples did not reach the tolerance"
+        + (f", {overflowed} of them overflowed" if overflowed else "")
+        + (reached or "; raise the solver's max_steps or tol, or look at layer.solve(x).converged and the margin")
+    )
+    if strict:
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+def attach(q: Tensor, w: Tensor, activation: Activation, operator: MonotoneOperator, solve_adjoint: Solve) -> Tensor:
+    """p = σ(W w + q), differentiable as the equilibrium of (W, q) that w approximates.
+
+    ``q``, ``w`` are ``(B, n)``; ``operator.tensors()`` carries the graph of the weights; ``solve_adjoint`` solves
+    the backward problem.
+    """
+    with torch.no_grad():
+        v = operator.apply(w) + q
+    slopes = activation.slopes if isinstance(activation, Linearized) else None
+    result: Tensor = _Implicit.apply(  # type: ignore[no-untyped-call]
+        q, slopes, v, activation, operator, solve_adjoint, *operator.tensors()
+    )
+    return result
+
+
+class _Implicit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        slopes: Tensor | None,
+        v: Tensor,
+        activation: Activation,
+        operator: MonotoneOperator,
+        solve_adjoint: Solve,
+        *tensors: Tensor,
+    ) -> Tensor:
+        z = activation(v)
+        ctx.save_for_backward(q, slopes, v, z)
+        ctx.activation, ctx.operator, ctx.solve_adjoint = activation, operator, solve_adjoint
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, slopes, v, z = ctx.saved_tensors
+        operator, transposed = ctx.operator, ctx.operator.transposed()
+        again = torch.is_grad_enabled()  # create_graph: second derivatives may be asked for
+        with torch.autocast(grad.device.type, enabled=False):
+            if again:
+                v = operator.apply(z) + q
+            slope = ctx.activation.derivative(v) if slopes is None else slopes
+            adjoint = Linearized(slope.detach())
+            w = ctx.solve_adjoint(Problem(transposed, grad.detach().contiguous(), adjoint))
+            if again:
+                y = attach(grad, w, Linearized(slope), transposed, ctx.solve_adjoint)
+            else:
+                y = adjoint(transposed.apply(w).add_(grad))
+            grad_slopes = None
+            if slopes is not None and ctx.needs_input_grad[1]:
+                grad_slopes = (transposed.apply(y) + grad) * v
+            grads = operator.pullback(y, z) if any(ctx.needs_input_grad[6:]) else (None,) * len(operator.tensors())
+        return y, grad_slopes, None, None, None, None, *grads

@@ -1,0 +1,74 @@
+"""Models that can be quantized, certified and saved: a layer, or a chain of known modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import StructureError
+from .linear import QuantizedLinear
+from .mondeq import MonDEQ
+
+__all__ = ["EQUILIBRIUM", "LIPSCHITZ_ONE", "chain", "equilibrium_layers", "final_head"]
+
+EQUILIBRIUM = (MonDEQ,)
+"""Equilibrium layers: a new kind registers here."""
+
+LIPSCHITZ_ONE = (
+    nn.Flatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.ReLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Hardtanh,
+)
+"""Modules without weights that are 1-Lipschitz in the 2-norm when evaluated."""
+
+
+def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of ``model`` in order, with their names; nested ``nn.Sequential`` are opened.
+
+    Raises:
+        StructureError: a module that is neither an equilibrium layer, linear, nor a known activation.
+    """
+    if isinstance(model, nn.Sequential):
+        found = []
+        for name, child in model.named_children():
+            inner = chain(child) if isinstance(child, nn.Sequential) else [("", _known(child, name))]
+            found += [(f"{name}.{rest}" if rest else name, module) for rest, module in inner]
+        return found
+    return [("", _known(model, ""))]
+
+
+def _known(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, (*EQUILIBRIUM, nn.Linear, QuantizedLinear, *LIPSCHITZ_ONE)):
+        return module
+    allowed = ", ".join(kind.__name__ for kind in (*EQUILIBRIUM, nn.Linear, *LIPSCHITZ_ONE))
+    where = f" at position {name!r}" if name else ""
+    raise StructureError(
+        f"{type(module).__name__}{where} is not supported here; build the model as a layer or an nn.Sequential of "
+        f"{allowed}"
+    )
+
+
+def equilibrium_layers(model: nn.Module) -> list[tuple[str, MonDEQ]]:
+    """The equilibrium layers of ``model`` in order; raises :class:`StructureError` where there is none."""
+    found = [(name, module) for name, module in chain(model) if isinstance(module, EQUILIBRIUM)]
+    if not found:
+        raise StructureError(f"{type(model).__name__} has no equilibrium layer; nothing to quantize or certify")
+    return found
+
+
+def final_head(model: nn.Module) -> str | None:
+    """The name of the one linear module that follows the last equilibrium layer and ends the model, if so."""
+    modules = chain(model)
+    last = max((i for i, (_, module) in enumerate(modules) if isinstance(module, EQUILIBRIUM)), default=-1)
+    rest = [
+        (name, module)
+        for name, module in modules[last + 1 :]
+        if not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout))
+    ]
+    if len(rest) == 1 and isinstance(rest[0][1], (nn.Linear, QuantizedLinear)):
+        return rest[0][0]
+    return None

@@ -1,0 +1,324 @@
+"""The monotone operator equilibrium layer (theory §1–3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import verified
+from ..activations import Activation, ReLU, as_activation
+from ..errors import InputError, NotWellPosedError, OptionError
+from ..implicit import attach, equilibrate, report_failures
+from ..operators import DenseOperator, QuantizedWeight
+from ..parametrizations import Dense, Monotone
+from ..quantization.schemes import Scheme
+from ..solvers import PeacemanRachford, Problem, Solution, Solver, Tuning, solve, tuned
+from ..solvers.loop import Stop
+from .cache import Derived
+from .linear import QuantizedLinear, affine64
+
+__all__ = ["MonDEQ"]
+
+REFRESH_EVERY = 50
+"""Training steps between two searches for the solver's step: weights move little in between."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class MonDEQ(nn.Module):
+    """x ``(B, d)`` ↦ z* ``(B, n)``, the one solution of z = σ(W z + U x + b) [WK20].
+
+    W = (1 − m) I − AᵀA + B − Bᵀ has margin m > 0, so z* exists, is unique, and the solver reaches it.
+
+    Args:
+        in_features, features: d and n.
+        rank: rows of A, at most n (default n); with fewer the margin is exactly m.
+        margin: m, or its initial value if learned; any number above 0.
+        learn_margin: train m as softplus(raw) + 1e-4.
+        activation: a proximal map, or its name.
+        solver: default Peaceman–Rachford with the best step.
+        tol: relative tolerance of ``forward``; default 1e-5 in float32, 1e-12 in float64.
+        backward_tol: the same for gradients; default ``tol``.
+        strict: raise :class:`ConvergenceError` where a solve fails, instead of warning.
+
+    Of a quantized layer ``scheme`` is the scheme it was quantized by, else None.
+
+    State: ``recurrent.A``, ``recurrent.B``, ``recurrent.margin`` or ``recurrent.raw_margin`` (``recurrent.weight``
+    of a layer made by :meth:`from_weights`), ``injection.weight`` (U), ``injection.bias`` (b).
+
+    Raises:
+        OptionError: rank outside 0..n, margin not positive, unknown activation or solver.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        rank: int | None = None,
+        margin: float = 0.2,
+        learn_margin: bool = False,
+        activation: Activation | str = ReLU(),
+        solver: Solver = PeacemanRachford(),
+        tol: float | None = None,
+        backward_tol: float | None = None,
+        strict: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("features", features)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} is {value!r}; it is a positive integer")
+        if not isinstance(solver, Solver):
+            raise OptionError(f"solver is {solver!r}; give one of equipoise's, e.g. PeacemanRachford()")
+        self.recurrent: nn.Module = Monotone(features, rank, margin, learn_margin)
+        self.injection: nn.Module = nn.Linear(in_features, features)
+        self.in_features, self.features = in_features, features
+        self.activation, self.solver = as_activation(activation), solver
+        self.tol = None if tol is None else _check_tol(tol)
+        self.backward_tol = None if backward_tol is None else _check_tol(backward_tol)
+        self.strict = strict
+        self.scheme: Scheme | None = None
+        self._derived, self._derived_injection = Derived(), Derived()
+        self._tunings: dict[Solver, tuple[Tuning, int]] = {}
+
+    @classmethod
+    def from_factors(cls, A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, **options: Any) -> MonDEQ:
+        """The layer with W = (1 − m) I − AᵀA + B − Bᵀ from its factors, trainable, in their dtype.
+
+        ``A (r, n)``, ``B (n, n)``, ``U (n, d)``, ``b (n,)``; ``options`` as in the constructor.
+        """
+        learn_margin = options.pop("learn_margin", False)
+        return cls._assemble(Monotone.from_factors(A, B, margin, learn_margin), U, b, options)
+
+    @classmethod
+    def from_weights(cls, W: Tensor, U: Tensor, b: Tensor, check: bool = True, **options: Any) -> MonDEQ:
+        """The layer with W ``(n, n)`` as it is: no structure, so training may lose its margin.
+
+        Raises:
+            NotWellPosedError: no positive margin is proved (the error carries the one found);
+                ``check=False`` skips that.
+            InputError: shapes that do not fit, NaN or infinite entries.
+        """
+        if W.ndim != 2 or W.shape[0] != W.shape[1]:
+            raise InputError(f"W is {tuple(W.shape)}; a square matrix (n, n) is needed")
+        _check_finite(W, "W")
+        if check:
+            margin = verified.margin(W.detach().to("cpu", torch.float64))
+            if margin <= 0:
+                raise NotWellPosedError(
+                    f"W has the margin {margin:.6g}; λ_min(sym(I − W)) > 0 is needed for a unique equilibrium. "
+                    "Scale W down, use from_factors, or pass check=False to go without the guarantee",
+                    margin,
+                )
+        return cls._assemble(Dense(W), U, b, options)
+
+    @classmethod
+    def _assemble(cls, recurrent: nn.Module, U: Tensor, b: Tensor, options: dict[str, Any]) -> MonDEQ:
+        W = recurrent()
+        n = W.shape[0]
+        if U.ndim != 2 or U.shape[0] != n or tuple(b.shape) != (n,):
+            raise InputError(f"U is {tuple(U.shape)} and b is {tuple(b.shape)}; needed are ({n}, d) and ({n},)")
+        for tensor, name in ((W, "W"), (U, "U"), (b, "b")):
+            _check_finite(tensor, name)
+        layer = cls(U.shape[1], n, rank=0, **options).to(W.device, W.dtype)
+        layer.recurrent = recurrent
+        assert isinstance(layer.injection, nn.Linear)
+        with torch.no_grad():
+            layer.injection.weight.copy_(U)
+            layer.injection.bias.copy_(b)
+        return layer
+
+    # What the layer is made of
+
+    @property
+    def weight(self) -> Tensor:
+        """W ``(n, n)``; of a quantized layer dequantized, read-only."""
+        if isinstance(self.recurrent, QuantizedWeight):
+            return self.operator.weight
+        W: Tensor = self.recurrent()
+        return W
+
+    @property
+    def input_weight(self) -> Tensor:
+        """U ``(n, d)``."""
+        return self._affine()[0]
+
+    @property
+    def bias(self) -> Tensor:
+        """b ``(n,)``."""
+        return self._affine()[1]
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self.injection, QuantizedLinear):
+            weight, bias = self.injection.dense()
+            assert bias is not None
+            return weight, bias
+        assert isinstance(self.injection, nn.Linear)
+        return self.injection.weight, self.injection.bias
+
+    @property
+    def operator(self) -> DenseOperator:
+        """W as an operator; constants are computed once per weights, gradients flow through its products."""
+        return self._operator(self._derived.of(self.recurrent))
+
+    def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
+        if isinstance(self.recurrent, QuantizedWeight):
+            like = self._affine()[1]
+            if ("operator", like.dtype, like.device) not in kept:
+                kept["operator", like.dtype, like.device] = self.recurrent.operator(like)
+            operator: DenseOperator = kept["operator", like.dtype, like.device]
+            return operator
+        constants = kept.setdefault("constants", {})
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters()):
+            return DenseOperator(self.recurrent(), derived=constants)
+        if "weight" not in kept:
+            kept["weight"] = self.recurrent().detach()
+        return DenseOperator(kept["weight"], derived=constants)
+
+    # Solving
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z* ``(B, n)`` for ``x (B, d)``, differentiable in x and the weights (implicitly, theory §3).
+
+        Warns (:class:`ConvergenceWarning`) of samples that run out of steps or overflow.
+
+        Raises:
+            InputError: x not ``(B, d)``, not floating point, NaN or infinite.
+        """
+        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
+            q = self._inject(x)
+            if not len(q):
+                return self.activation(q)
+            operator, tuning = self._prepare(self.solver)
+            tol = self.tol if self.tol is not None else TOLERANCE[q.dtype]
+            find = equilibrate(self.solver, tuning, tol, self.strict, "forward")
+            w = find(Problem(operator, q.detach(), self.activation))
+            if not (q.requires_grad or any(t.requires_grad for t in operator.tensors())):
+                return self.activation(operator.apply(w).add_(q))
+            back = equilibrate(
+                self.solver,
+                tuning,
+                tol if self.backward_tol is None else self.backward_tol,
+                self.strict,
+                "backward",
+            )
+            return attach(q, w, self.activation, operator, back)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        x: Tensor,
+        solver: Solver | None = None,
+        tol: float = 1e-6,
+        stop: Stop = "bound",
+        strict: bool = False,
+    ) -> Solution:
+        """Equilibria with what is proved about them: a :class:`Solution`, each field ``(B, …)``.
+
+        Args:
+            x: ``(B, d)``.
+            solver: default the layer's own.
+            tol: relative to ‖value‖.
+            stop: ``"bound"`` until the truncation part of the a-posteriori bound is at most tol · ‖value‖ (no
+                sample counts as converged where no margin is proved), ``"residual"`` until ‖w − p‖ is.
+            strict: raise :class:`ConvergenceError` instead of warning where a sample does not converge.
+        """
+        if stop not in ("bound", "residual"):
+            raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
+        _check_tol(tol)
+        solver = self.solver if solver is None else solver
+        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
+            q = self._inject(x)
+            operator, tuning = self._prepare(solver)
+            problem = Problem(operator, q, self.activation, self._injection_error(x))
+            if not len(q):
+                none = q.new_zeros(0, dtype=torch.float64)
+                return Solution(q, none.bool(), none.long(), none, none, none)
+            solution = solve(solver, problem, tuning, tol, stop)
+        report_failures(solution.converged, solution.value, strict, "solve", _reached(solution, tol, stop))
+        return solution
+
+    def _inject(self, x: Tensor) -> Tensor:
+        """q = U x + b ``(B, n)`` after checking x."""
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.in_features:
+            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                f"the input is {given}; (batch, {self.in_features}) is needed: flatten images with "
+                "torch.nn.Flatten, and give a single sample as x[None]"
+            )
+        if not x.is_floating_point():
+            raise InputError(f"the input is {x.dtype}; floating point is needed: x.float(), scaled as in training")
+        like = self._affine()[1]
+        if like.dtype not in TOLERANCE:
+            raise InputError(f"the layer is {like.dtype}; it solves in float32 or float64 (autocast is fine)")
+        q: Tensor = self.injection(x.to(like.dtype))
+        # One number tells of any NaN or infinity in x: U x spreads them, and so does the sum.
+        if not bool(torch.isfinite(q.detach().sum())) and not bool(torch.isfinite(q.detach()).all()):
+            rows = int((~torch.isfinite(q.detach()).all(dim=1)).sum())
+            raise InputError(
+                f"{rows} of {len(q)} samples give U x + b with NaN or infinite entries; clean the input "
+                "(torch.isfinite) or the weights"
+            )
+        return q
+
+    def _injection_error(self, x: Tensor) -> Tensor:
+        """A bound ``(B,)`` on ‖fl(U x + b) − (U x + b)‖₂ in the layer's arithmetic, storage error included."""
+        kept = self._derived_injection.of(self.injection)
+        if "norms" not in kept:
+            assert isinstance(self.injection, (nn.Linear, QuantizedLinear))
+            U, b, e_U, e_b = affine64(self.injection)
+            kept["norms"] = verified.absolute_norm(U), float(b.abs().norm()) * (1 + 1e-12), e_U, e_b
+        spread, offset, e_U, e_b = kept["norms"]
+        dtype = self._affine()[1].dtype
+        info = torch.finfo(dtype)
+        gamma = verified.gamma(2 * self.in_features + 8) * (info.eps / 2 / verified.UNIT)
+        size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)
+        cast = info.eps if x.dtype.itemsize > dtype.itemsize else 0.0  # x itself was rounded
+        return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
+
+    def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
+        """The operator with the solver's step for it; in training the step found up to 50 calls ago."""
+        kept = self._derived.of(self.recurrent)
+        operator = self._operator(kept)
+        if ("tuning", solver) not in kept:
+            tuning, age = self._tunings.get(solver, (None, 0))
+            if tuning is None or age >= REFRESH_EVERY or not (self.training and torch.is_grad_enabled()):
+                with torch.no_grad():
+                    tuning, age = tuned(solver, operator, self.activation, self._affine()[1]), 0
+            kept["tuning", solver] = tuning
+            self._tunings[solver] = tuning, age + 1
+        found: Tuning = kept["tuning", solver]
+        return operator, found
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, features={self.features}, activation={self.activation}, "
+            f"solver={self.solver}"
+        )
+
+
+def _reached(solution: Solution, tol: float, stop: Stop) -> str:
+    """How far the unfinished samples came, and what to do: the end of a warning."""
+    if bool(solution.converged.all()):
+        return ""
+    if stop == "bound" and bool(torch.isinf(solution.truncation).all()):
+        return ": no positive margin is proved, so no bound exists; use stop='residual'"
+    size = torch.linalg.vector_norm(solution.value, dim=1).double()
+    measure = solution.truncation / size if stop == "bound" else solution.residual
+    worst = float(measure[~solution.converged].max())
+    resolution = torch.finfo(solution.value.dtype).eps * 1e3
+    remedy = "float64 resolves more" if worst < max(resolution, 100 * tol) else "raise the solver's max_steps or tol"
+    return f" {tol:g} (worst {worst:.2g}); {remedy}, and see Solution.converged"
+
+
+def _check_tol(tol: float) -> float:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+        raise OptionError(f"tol is {tol!r}; it is a relative tolerance between 0 and 1")
+    return tol
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise InputError(f"{name} holds {bad} NaN or infinite entries of {tensor.numel()}")

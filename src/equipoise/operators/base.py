@@ -1,0 +1,128 @@
+"""The two abstract ideas everything above is written against: a fixed-point map and a monotone operator.
+
+A :class:`FixedPointMap` is what a solver iterates: a splitting of one batch of equilibrium problems.
+A :class:`MonotoneOperator` is what the splitting multiplies by: W seen through I − W, with the constants
+that make the splitting converge.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["FixedPointMap", "MonotoneOperator", "golden_section"]
+
+
+class FixedPointMap(ABC):
+    """u ↦ T(u) for a batch ``u (B, k)``, whose fixed point u* gives the equilibrium z* = ``point(u*)``."""
+
+    @abstractmethod
+    def start(self) -> tuple[Tensor, Tensor]:
+        """A first point and its image, both fresh ``(B, k)`` tensors; costs no product with W."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        """T(u), ``(B, k)``; written into ``out`` where given, which must not share memory with ``u``."""
+
+    @abstractmethod
+    def point(self, u: Tensor) -> Tensor:
+        """The equilibrium estimate z ``(B, n)`` that belongs to u; 1-Lipschitz in u."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> FixedPointMap:
+        """The same map for the samples ``rows`` (indices)."""
+
+
+class MonotoneOperator(ABC):
+    """z ↦ W z with the constants of F₀ = I − W (theory §1–2).
+
+    ``margin()`` is a proved lower bound of m = λ_min(sym(I − W)), ``lipschitz()`` and ``norm()`` proved
+    upper bounds of L = ‖I − W‖₂ and ‖W‖₂ (float64, rounding counted, theory §6). ``representation_error``
+    bounds in the 2-norm how far the matrix multiplied by may lie from the one its stored numbers define.
+    """
+
+    features: int
+    representation_error: float = 0.0
+
+    @abstractmethod
+    def apply(self, z: Tensor) -> Tensor:
+        """W z for every row of ``z (B, n)``."""
+
+    @abstractmethod
+    def transpose(self, z: Tensor) -> Tensor:
+        """Wᵀ z for every row of ``z (B, n)``."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that W is made of, with their graph: what a gradient is returned for."""
+
+    @abstractmethod
+    def pullback(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of Σ_b ⟨y_b, W z_b⟩ for each of ``tensors()``; ``y``, ``z`` are ``(B, n)``."""
+
+    @abstractmethod
+    def margin(self) -> float: ...
+
+    @abstractmethod
+    def lipschitz(self) -> float: ...
+
+    @abstractmethod
+    def norm(self) -> float: ...
+
+    @abstractmethod
+    def absolute_norm(self) -> float:
+        """A proved upper bound of ‖ |W| ‖₂, which scales the rounding of a product."""
+
+    @abstractmethod
+    def cayley(self, alpha: float) -> Tensor:
+        """C_α = 2 V_α − I with V_α = (I + α(I − W))⁻¹, ``(n, n)``."""
+
+    @abstractmethod
+    def cayley_norm(self, alpha: float) -> float:
+        """‖C_α‖₂ as computed: it chooses steps and is never printed as a bound."""
+
+    @abstractmethod
+    def best_alpha(self) -> float:
+        """The α that minimises ‖C_α‖₂ (theory §2)."""
+
+    @abstractmethod
+    def forward_norm(self, alpha: float) -> float:
+        """‖(1 − α) I + α W‖₂ as computed, the factor of a forward step."""
+
+    @abstractmethod
+    def transposed(self) -> MonotoneOperator:
+        """The operator of Wᵀ; constants and inverses are shared, nothing is computed again."""
+
+
+def golden_section(function: Callable[[float], float], low: float, high: float, rtol: float = 0.02) -> float:
+    """The minimiser of a quasi-convex function of log x on [low, high], 0 < low <= high, to ``rtol``."""
+    ratio = (math.sqrt(5) - 1) / 2
+    a, b = math.log(low), math.log(high)
+    x, y = b - ratio * (b - a), a + ratio * (b - a)
+    at_x, at_y = function(math.exp(x)), function(math.exp(y))
+    while b - a > rtol:
+        if at_x <= at_y:
+            b, y, at_y = y, x, at_x
+            x = b - ratio * (b - a)
+            at_x = function(math.exp(x))
+        else:
+            a, x, at_x = x, y, at_y
+            y = a + ratio * (b - a)
+            at_y = function(math.exp(y))
+    return math.exp((a + b) / 2)
+
+
+def power_norm(matrix: Tensor, steps: int = 40) -> float:
+    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap."""
+    if matrix.shape[0] <= 512:
+        return float(torch.linalg.matrix_norm(matrix, 2))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64).to(matrix)
+    for _ in range(steps):
+        y = matrix @ (x / torch.linalg.vector_norm(x))
+        x = matrix.T @ y
+    return float(torch.linalg.vector_norm(y))

@@ -1,0 +1,203 @@
+"""A dense W, with everything derived from it computed at most once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import verified
+from ..errors import NotWellPosedError
+from .base import MonotoneOperator, golden_section, power_norm
+
+__all__ = ["DenseOperator", "TransposedOperator"]
+
+T = TypeVar("T")
+
+
+class DenseOperator(MonotoneOperator):
+    """W as an ``(n, n)`` tensor; ``weight`` may carry a graph, every constant is of its values.
+
+    Args:
+        weight: the matrix that products use.
+        exact: the matrix that the stored numbers define as float64, with a 2-norm bound on how far both
+            the true one and ``weight`` may be from it. Default: ``weight`` itself, exactly.
+        margin_floor: a margin of ``exact`` proved by other means (algebra), if any.
+        lipschitz_ceiling: likewise for the Lipschitz constant.
+        cayley: (α, C_α) where a Cayley matrix is what is stored.
+        derived: a dict of constants already computed for these same values, shared and filled.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        exact: tuple[Tensor, float] | None = None,
+        margin_floor: float | None = None,
+        lipschitz_ceiling: float | None = None,
+        cayley: tuple[float, Tensor] | None = None,
+        derived: dict[Any, Any] | None = None,
+    ) -> None:
+        self.weight = weight
+        self.features = weight.shape[0]
+        self._exact = exact
+        self.representation_error = exact[1] if exact else 0.0
+        self._margin_floor = margin_floor
+        self._lipschitz_ceiling = lipschitz_ceiling
+        self.stored_cayley = cayley
+        self._derived = {} if derived is None else derived
+
+    def _once(self, key: Any, compute: Callable[[], T]) -> T:
+        if key not in self._derived:
+            with torch.no_grad():
+                self._derived[key] = compute()
+        value: T = self._derived[key]
+        return value
+
+    def shared_proofs(self) -> dict[Any, Any]:
+        """The proved constants, for another operator of the same matrix in another dtype."""
+        return {"margin": self.margin(), "lipschitz": self.lipschitz(), "norm": self.norm()}
+
+    def matrix64(self) -> tuple[Tensor, float]:
+        """(W in float64 on the CPU, e): both the stored matrix and ``weight`` are within e of it (2-norm)."""
+        if self._exact is not None:
+            return self._exact
+        return self._once("matrix64", lambda: self.weight.detach().to("cpu", torch.float64)), 0.0
+
+    def apply(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.linear(z, self.weight)
+
+    def transpose(self, z: Tensor) -> Tensor:
+        return z @ self.weight
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    def pullback(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return (y.mT @ z,)
+
+    def margin(self) -> float:
+        return self._once("margin", self._prove_margin)
+
+    def _prove_margin(self) -> float:
+        bound = verified.margin(*self.matrix64())
+        if self._margin_floor is None:
+            return bound
+        return max(bound, verified.down(self._margin_floor - self.representation_error))
+
+    def lipschitz(self) -> float:
+        return self._once("lipschitz", self._prove_lipschitz)
+
+    def _prove_lipschitz(self) -> float:
+        bound = verified.lipschitz(*self.matrix64())
+        if self._lipschitz_ceiling is None:
+            return bound
+        return min(bound, verified.up(self._lipschitz_ceiling + self.representation_error))
+
+    def norm(self) -> float:
+        return self._once("norm", lambda: verified.spectral_norm(*self.matrix64()))
+
+    def absolute_norm(self) -> float:
+        matrix, error = self.matrix64()
+        return self._once("absolute_norm", lambda: verified.up(verified.absolute_norm(matrix) + error * self.features))
+
+    def cayley(self, alpha: float) -> Tensor:
+        return self._once(("cayley", alpha), lambda: self._form_cayley(alpha))
+
+    def _form_cayley(self, alpha: float) -> Tensor:
+        weight = self.weight.detach()
+        if self.stored_cayley is not None and self.stored_cayley[0] == alpha:
+            return self.stored_cayley[1].to(weight)
+        system = torch.mul(weight, -alpha)
+        system.diagonal().add_(1 + alpha)
+        inverse, info = torch.linalg.inv_ex(system)
+        if self.features and int(info) != 0:
+            raise NotWellPosedError(
+                f"I + α(I − W) is singular at α = {alpha:g}: W has no positive margin there; "
+                "give the solver another alpha, or use ForwardBackward",
+                self.margin(),
+            )
+        inverse.mul_(2).diagonal().sub_(1)
+        return inverse
+
+    def cayley_norm(self, alpha: float) -> float:
+        return self._once(("cayley_norm", alpha), lambda: power_norm(self.cayley(alpha)))
+
+    def best_alpha(self) -> float:
+        if self.stored_cayley is not None:
+            return self.stored_cayley[0]
+        return self._once("best_alpha", self._minimise_cayley_norm)
+
+    def _minimise_cayley_norm(self) -> float:
+        weight = self.weight.detach()
+        if not self.features:
+            return 1.0
+        forward = torch.eye(self.features).to(weight) - weight
+        singular = torch.linalg.svdvals(forward) if self.features <= 512 else None
+        largest = float(singular[0]) if singular is not None else power_norm(forward)
+        smallest = float(singular[-1]) if singular is not None else max(self.margin(), 1e-3 * largest)
+        low = 1 / largest
+        high = max(low, 1 / max(smallest, 1e-6 * largest))
+        coarse = 0.02 if singular is not None else 0.2
+        return golden_section(lambda alpha: power_norm(self._form_cayley(alpha)), low, high, coarse)
+
+    def forward_norm(self, alpha: float) -> float:
+        def compute() -> float:
+            step = self.weight.detach() * alpha
+            step.diagonal().add_(1 - alpha)
+            return power_norm(step)
+
+        return self._once(("forward_norm", alpha), compute)
+
+    def transposed(self) -> TransposedOperator:
+        return TransposedOperator(self)
+
+
+class TransposedOperator(MonotoneOperator):
+    """Wᵀ with the constants and inverses of W: the operator of the backward problem (theory §3)."""
+
+    def __init__(self, base: DenseOperator) -> None:
+        self.base = base
+        self.features = base.features
+        self.representation_error = base.representation_error
+
+    def apply(self, z: Tensor) -> Tensor:
+        return self.base.transpose(z)
+
+    def transpose(self, z: Tensor) -> Tensor:
+        return self.base.apply(z)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.base.tensors()
+
+    def pullback(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return self.base.pullback(z, y)
+
+    def margin(self) -> float:
+        return self.base.margin()
+
+    def lipschitz(self) -> float:
+        return self.base.lipschitz()
+
+    def norm(self) -> float:
+        return self.base.norm()
+
+    def absolute_norm(self) -> float:
+        return self.base.absolute_norm()
+
+    def cayley(self, alpha: float) -> Tensor:
+        return self.base.cayley(alpha).mT
+
+    def cayley_norm(self, alpha: float) -> float:
+        return self.base.cayley_norm(alpha)
+
+    def best_alpha(self) -> float:
+        return self.base.best_alpha()
+
+    def forward_norm(self, alpha: float) -> float:
+        return self.base.forward_norm(alpha)
+
+    def transposed(self) -> DenseOperator:
+        return self.base

@@ -1,0 +1,276 @@
+"""Weights stored as integer codes and scales, one class per scheme (theory §4).
+
+Each holds its codes and nothing derived from floats; the matrix, and what is proved about it, is
+assembled from them. ``assemble()`` gives W̃ in float64 with a proved 2-norm bound on its own rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import verified
+from ..errors import InputError, NotWellPosedError, OptionError
+from ..parametrizations import Dense, Monotone
+from ..quantization.codes import QuantizedSkew, QuantizedTensor
+from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
+from .dense import DenseOperator
+
+__all__ = [
+    "WEIGHTS",
+    "QuantizedWeight",
+    "quantize_weight",
+]
+
+
+class QuantizedWeight(nn.Module, ABC):
+    """W̃ ``(n, n)`` given by codes and scales only.
+
+    Forward: ``() -> W̃`` in float64. State: the codes, scales and scalars of the scheme.
+    """
+
+    features: int
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, weights: Monotone | Dense, scheme: Any) -> QuantizedWeight:
+        """Round ``weights`` by ``scheme``."""
+
+    @abstractmethod
+    def assemble(self) -> tuple[Tensor, float]:
+        """(W̃ float64, e): the matrix that the codes define lies within e of it in the 2-norm."""
+
+    @property
+    @abstractmethod
+    def packed_bytes(self) -> int:
+        """Bytes when packed: codes at their bits, scales and scalars at their own width."""
+
+    def forward(self) -> Tensor:
+        return self.assemble()[0]
+
+    def proofs(self) -> dict[str, Any]:
+        """What the structure proves by itself: keywords of :class:`DenseOperator`."""
+        return {}
+
+    def operator(self, like: Tensor) -> DenseOperator:
+        """The operator in the dtype and on the device of ``like``, with its casting error bounded."""
+        exact, error = self.assemble()
+        weight = exact.to(like)
+        cast = verified.absolute_norm(exact - weight.to("cpu", torch.float64))
+        return DenseOperator(weight, exact=(exact, verified.up(error + cast * (1 + 1e-15))), **self.proofs())
+
+
+class AssembledWeight(QuantizedWeight):
+    """W̃ = Q(W): the published scheme [LLC26]; the margin moves by at most ‖ΔW‖₂."""
+
+    def __init__(self, codes: QuantizedTensor) -> None:
+        super().__init__()
+        self.codes = codes
+        self.features = codes.shape[0]
+
+    @classmethod
+    def quantize(cls, weights: Monotone | Dense, scheme: Assembled) -> AssembledWeight:
+        return cls(QuantizedTensor.fit(_weight64(weights), scheme.bits, scheme.granularity, scheme.scale))
+
+    def assemble(self) -> tuple[Tensor, float]:
+        exact = self.codes.dequantize()
+        return exact, verified.up(verified.UNIT * verified.absolute_norm(exact) * (1 + 1e-15))
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.codes.packed_bytes
+
+
+class StructuredWeight(QuantizedWeight):
+    """W̃ = (1 − m) I − ÃᵀÃ + K̃ with Ã = Q(A), K̃ = Q(B − Bᵀ) skew: sym(I − W̃) = m I + ÃᵀÃ ⪰ m I.
+
+    The margin is at least m at every bit-width, by algebra on the stored numbers (theory §4).
+    """
+
+    margin: Tensor
+
+    def __init__(self, A: QuantizedTensor, K: QuantizedSkew, margin: float) -> None:
+        super().__init__()
+        self.A, self.K = A, K
+        self.features = K.shape[0]
+        self.register_buffer("margin", torch.tensor(margin, dtype=torch.float64))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StructuredWeight:
+        return _keep_double(self, "margin", fn, recurse, super()._apply)
+
+    @classmethod
+    def quantize(cls, weights: Monotone | Dense, scheme: Structured) -> StructuredWeight:
+        A, K, margin = weights.factors()
+        codes = QuantizedTensor.fit(A, scheme.bits, scheme.granularity, scheme.scale)
+        return cls(codes, QuantizedSkew.fit(K, scheme.bits, scheme.scale), margin)
+
+    def assemble(self) -> tuple[Tensor, float]:
+        A, K, margin = self.A.dequantize().cpu(), self.K.dequantize().cpu(), float(self.margin)
+        exact = torch.addmm(K, A.mT, A, alpha=-1)
+        exact.diagonal().add_(1 - margin)
+        size = verified.absolute_norm(A) ** 2 + verified.absolute_norm(K) + abs(1 - margin)
+        return exact, verified.up(verified.gamma(A.shape[0] + 8) * size + verified.TINY * A.numel())
+
+    def proofs(self) -> dict[str, Any]:
+        return {"margin_floor": float(self.margin)}
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.A.packed_bytes + self.K.packed_bytes + self.margin.element_size()
+
+
+class CompensatedWeight(QuantizedWeight):
+    """The off-diagonal of W rounded; its diagonal kept finer and lowered until m̃ >= target (theory §4)."""
+
+    def __init__(self, off_diagonal: QuantizedTensor, diagonal: QuantizedTensor) -> None:
+        super().__init__()
+        self.off_diagonal, self.diagonal = off_diagonal, diagonal
+        self.features = diagonal.shape[0]
+
+    @classmethod
+    def quantize(cls, weights: Monotone | Dense, scheme: Compensated) -> CompensatedWeight:
+        W = _weight64(weights)
+        codes = QuantizedTensor.fit(_off_diagonal(W), scheme.bits, scheme.granularity, scheme.scale)
+        diagonal = W.diagonal().clone()
+        lowering = 0.0
+        for _ in range(64):
+            stored = _round_down(diagonal - lowering, scheme.diagonal_bits)
+            module = cls(codes, stored)
+            found = verified.margin(*module.assemble())
+            if found >= scheme.margin:
+                return module
+            lowering += (scheme.margin - found) * (1 + 1e-9) + verified.TINY
+        raise NotWellPosedError(
+            f"no diagonal of {scheme.diagonal_bits} bits reaches the margin {scheme.margin:g} (found {found:g}); "
+            "lower the target, or use the Structured scheme",
+            found,
+        )
+
+    def assemble(self) -> tuple[Tensor, float]:
+        n = self.features
+        exact = torch.diag(self.diagonal.dequantize().cpu())
+        exact[~torch.eye(n, dtype=torch.bool)] = self.off_diagonal.dequantize().cpu().flatten()
+        return exact, verified.up(verified.UNIT * verified.absolute_norm(exact) * (1 + 1e-15))
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.off_diagonal.packed_bytes + self.diagonal.packed_bytes
+
+
+class CayleyWeight(QuantizedWeight):
+    """C̃ = Q(C_α) is stored, with α: W̃ = I − α⁻¹ (I − C̃)(I + C̃)⁻¹ (theory §4).
+
+    Proved from C̃ itself: m̃ is the largest μ with I − C̃ᵀC̃ ⪰ μα (I + C̃)ᵀ(I + C̃), and L̃ = ‖(I − C̃)(I + C̃)⁻¹‖₂/α.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, C: QuantizedTensor, alpha: float) -> None:
+        super().__init__()
+        self.C = C
+        self.features = C.shape[0]
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CayleyWeight:
+        return _keep_double(self, "alpha", fn, recurse, super()._apply)
+
+    @classmethod
+    def quantize(cls, weights: Monotone | Dense, scheme: Cayley) -> CayleyWeight:
+        operator = DenseOperator(_weight64(weights))
+        alpha = operator.best_alpha() if scheme.alpha is None else scheme.alpha
+        C = operator.cayley(alpha)
+        return cls(QuantizedTensor.fit(C, scheme.bits, scheme.granularity, scheme.scale), alpha)
+
+    def assemble(self) -> tuple[Tensor, float]:
+        C, alpha = self.C.dequantize().cpu(), float(self.alpha)
+        eye = torch.eye(self.features, dtype=torch.float64)
+        plus, minus = eye + C, eye - C
+        quotient, info = torch.linalg.solve_ex(plus, minus, left=False)
+        exact = eye - quotient / alpha
+        inverse_norm = verified.quotient_norm(eye, plus, error_q=verified.UNIT * verified.absolute_norm(plus))
+        if int(info) != 0 or inverse_norm is None or not bool(torch.isfinite(exact).all()):
+            return exact.nan_to_num(0.0, 0.0, 0.0), math.inf
+        residual = verified.absolute_norm(minus - quotient @ plus)
+        rounding = verified.gamma(self.features + 4) * (
+            verified.absolute_norm(quotient) * verified.absolute_norm(plus) + verified.absolute_norm(minus)
+        )
+        error = (residual + rounding) * inverse_norm / alpha
+        forming = verified.gamma(3) * (1 + verified.absolute_norm(quotient) / alpha)
+        return exact, verified.up((error + forming) * (1 + 1e-12))
+
+    def proofs(self) -> dict[str, Any]:
+        C, alpha = self.C.dequantize().cpu(), float(self.alpha)
+        return {
+            "margin_floor": verified.cayley_margin(C, alpha),
+            "lipschitz_ceiling": verified.cayley_lipschitz(C, alpha),
+            "cayley": (alpha, C),
+        }
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.C.packed_bytes + self.alpha.element_size()
+
+
+WEIGHTS: dict[type[Scheme], type[QuantizedWeight]] = {
+    Assembled: AssembledWeight,
+    Structured: StructuredWeight,
+    Compensated: CompensatedWeight,
+    Cayley: CayleyWeight,
+}
+"""Which weights a scheme makes: a new scheme registers here."""
+
+
+def quantize_weight(weights: nn.Module, scheme: Scheme) -> QuantizedWeight:
+    """Codes for the recurrent weights of a layer.
+
+    Raises:
+        OptionError: a scheme nobody knows.
+        InputError: weights that are quantized already, or not finite.
+        NotWellPosedError: Structured on weights without a proved positive margin.
+    """
+    if isinstance(weights, QuantizedWeight):
+        raise InputError("the layer is quantized already; quantize the float model it came from")
+    if type(scheme) not in WEIGHTS:
+        known = ", ".join(kind.__name__ for kind in WEIGHTS)
+        raise OptionError(f"unknown scheme {scheme!r}; known: {known}")
+    assert isinstance(weights, (Monotone, Dense))
+    with torch.no_grad():
+        return WEIGHTS[type(scheme)].quantize(weights, scheme)
+
+
+def _weight64(weights: Monotone | Dense) -> Tensor:
+    W = weights().detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(W).all()):
+        raise InputError("the weights hold NaN or infinite entries; nothing can be quantized or proved")
+    return W
+
+
+def _off_diagonal(W: Tensor) -> Tensor:
+    """The off-diagonal entries row by row, ``(n, n − 1)``."""
+    n = W.shape[0]
+    return W[~torch.eye(n, dtype=torch.bool)].reshape(n, max(n - 1, 0))
+
+
+def _round_down(values: Tensor, bits: int) -> QuantizedTensor:
+    """Codes with code · scale <= value everywhere, so that the diagonal is never raised."""
+    fitted = QuantizedTensor.fit(values, bits, "tensor", "max")
+    top = 2 ** (bits - 1) - 1
+    # A scale one part in `top` wider leaves a code free below the most negative entry.
+    scale = (fitted.scale.double() * (1 + 2 / top)).to(fitted.scale.dtype)
+    if float(scale) == 0:
+        scale = torch.full_like(scale, torch.finfo(scale.dtype).tiny)
+    codes = torch.floor(values / scale.double())
+    codes = torch.where(codes * scale.double() > values, codes - 1, codes)
+    return QuantizedTensor.from_codes(codes.to(fitted.codes.dtype), scale, bits)
+
+
+def _keep_double(module: Any, name: str, fn: Any, recurse: bool, apply: Any) -> Any:
+    """Let a module move between devices while one of its scalars stays the float64 it was stored as."""
+    stored = getattr(module, name)
+    apply(fn, recurse)
+    module._buffers[name] = stored.to(getattr(module, name).device)
+    return module

@@ -1,0 +1,59 @@
+"""Swap the weights of a model for codes (theory §4): data goes one way, from floats to codes."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from .errors import OptionError, StructureError
+from .layers.chain import chain, equilibrium_layers, final_head
+from .layers.linear import QuantizedLinear, quantize_linear
+from .operators import QuantizedWeight, quantize_weight
+from .quantization.codes import QuantizedSkew, QuantizedTensor
+from .quantization.schemes import Scheme
+
+__all__ = ["quantize", "size"]
+
+
+def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
+    """A copy of ``model`` whose equilibrium layers hold codes and scales only; ``model`` is left as it was.
+
+    ``scheme.bits`` acts on the recurrent weights; ``input_bits`` and ``bias_bits`` on U and b, ``head_bits`` on the
+    linear module that ends the model; None keeps floats. Each quantized layer names its ``scheme``.
+
+    Raises:
+        OptionError: an unknown scheme.
+        StructureError: a module that cannot be quantized, by name, or a model quantized already.
+        NotWellPosedError: a scheme that needs a margin, on weights that have none.
+    """
+    if not isinstance(scheme, Scheme):
+        raise OptionError(f"scheme is {scheme!r}; give one such as equipoise.Structured(bits=2)")
+    result = copy.deepcopy(model)
+    layers = equilibrium_layers(result)
+    for name, layer in layers:
+        if isinstance(layer.recurrent, QuantizedWeight) or isinstance(layer.injection, QuantizedLinear):
+            raise StructureError(f"layer {name!r} is quantized already; quantize the float model it came from")
+        assert isinstance(layer.injection, nn.Linear)
+        layer.recurrent = quantize_weight(layer.recurrent, scheme).to(layer.injection.weight.device)
+        layer.injection = quantize_linear(layer.injection, scheme, scheme.input_bits, scheme.bias_bits)
+        layer.scheme = scheme
+    head = final_head(result)
+    if scheme.head_bits is not None and head is not None:
+        parent, _, leaf = head.rpartition(".")
+        module = result.get_submodule(head)
+        assert isinstance(module, nn.Linear)
+        setattr(result.get_submodule(parent), leaf, quantize_linear(module, scheme, scheme.head_bits, None))
+    return result
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of ``model`` when packed: codes at their bits, scales and float parts at their own width."""
+    return sum(_packed(module) for _, module in chain(model))
+
+
+def _packed(module: nn.Module) -> int:
+    if isinstance(module, (QuantizedWeight, QuantizedTensor, QuantizedSkew)):
+        return module.packed_bytes
+    own: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(t.numel() * t.element_size() for t in own) + sum(_packed(child) for child in module.children())

@@ -1,0 +1,36 @@
+"""Solvers of one batch of equilibrium problems; the loop is written once, in ``loop``."""
+
+from .anderson import Anderson
+from .broyden import Broyden
+from .forward_backward import ForwardBackward
+from .loop import Problem, Solver, State, Tuning, Verdict, iterate
+from .peaceman_rachford import DouglasRachford, PeacemanRachford
+from .picard import Picard
+from .posterior import Solution, a_posteriori, solve
+from .trial import tuned
+from .tseng import Tseng
+
+__all__ = [
+    "SOLVERS",
+    "Anderson",
+    "Broyden",
+    "DouglasRachford",
+    "ForwardBackward",
+    "PeacemanRachford",
+    "Picard",
+    "Problem",
+    "Solution",
+    "Solver",
+    "State",
+    "Tseng",
+    "Tuning",
+    "Verdict",
+    "a_posteriori",
+    "iterate",
+    "solve",
+    "tuned",
+]
+
+SOLVERS: dict[str, type[Solver]] = {
+    cls.__name__: cls for cls in (ForwardBackward, PeacemanRachford, DouglasRachford, Tseng, Picard, Anderson, Broyden)
+}

@@ -1,0 +1,257 @@
+"""The one loop every solver runs in, what it solves, and what it returns.
+
+A solver is a frozen set of hyperparameters that turns a :class:`Problem` into a fixed-point map and says
+how to step on it (``init`` / ``step``). The loop looks at the iterates every few steps, on a schedule that
+depends on the operator and the tolerance but never on the batch, so that a sample's answer does not depend
+on its company. A sample that looks finished is judged by the a-posteriori bound of :mod:`.posterior`; if it
+passes it is written down and leaves the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation, Linearized
+from ..errors import OptionError
+from ..operators import FixedPointMap, MonotoneOperator
+
+__all__ = ["Problem", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
+
+Stop = Literal["bound", "residual"]
+
+MAX_STEPS = 20_000
+"""A budget no default exceeds; a solver's own ``max_steps`` may."""
+
+CHUNK = 2**18
+"""Entries of an iterate worked on at a time on a CPU: what stays in its cache between passes."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Find z ``(B, n)`` with z = σ(W z + q), row by row (theory §1).
+
+    ``injection_error (B,)`` bounds in the 2-norm how far the computed q may be from U x + b.
+    """
+
+    operator: MonotoneOperator
+    injection: Tensor
+    activation: Activation
+    injection_error: Tensor | None = None
+
+    def select(self, rows: Tensor | slice) -> Problem:
+        activation = self.activation
+        if isinstance(activation, Linearized):
+            activation = Linearized(activation.slopes[rows])
+        error = None if self.injection_error is None else self.injection_error[rows]
+        return replace(self, injection=self.injection[rows], activation=activation, injection_error=error)
+
+
+class Tuning(NamedTuple):
+    """What a solver derives from an operator once: its step, its rate, and how to read its residual.
+
+    ``rate`` is the computed contraction factor (None where nothing is known); ``gain`` turns ‖T(u) − u‖ into an
+    estimate of ‖z − z*‖ (None where no margin is proved: then ‖T(u) − u‖ itself is compared with the
+    tolerance). ``pace`` and ``lead`` are what a trial run saw: its contraction per step, and its relative error
+    after one step. All choose steps and say when to look; they certify nothing.
+    """
+
+    alpha: float
+    rate: float | None
+    gain: float | None
+    pace: float | None = None
+    lead: float = 1.0
+
+
+class State(NamedTuple):
+    """The point where T was evaluated last, its image, and a solver's own memory (batch first)."""
+
+    current: Tensor
+    image: Tensor
+    memory: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """Hyperparameters of a solver.
+
+    Args:
+        alpha: step; None takes the best one from the operator.
+        max_steps: budget; None takes it from the rate (at most 20,000).
+        check_every: steps between two looks at the residual; None takes it from the rate.
+    """
+
+    alpha: float | None = None
+    max_steps: int | None = None
+    check_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha, type(self).__name__)
+        for name in ("max_steps", "check_every"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{type(self).__name__} {name} is {value!r}; it is a positive integer or None")
+
+    @abstractmethod
+    def tune(self, operator: MonotoneOperator) -> Tuning:
+        """Step, rate and gain for this operator; called once per weights."""
+
+    @abstractmethod
+    def map(self, problem: Problem, tuning: Tuning) -> FixedPointMap:
+        """The fixed-point map this solver iterates."""
+
+    def init(self, fixed_point: FixedPointMap) -> State:
+        return State(*fixed_point.start())
+
+    def step(self, fixed_point: FixedPointMap, state: State) -> State:
+        """One plain step: evaluate T at the last image, reusing the older buffer."""
+        return State(state.image, fixed_point(state.image, out=state.current))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options as plain values (files carry it)."""
+        options = {
+            field.name: value.to_dict() if isinstance(value := getattr(self, field.name), Solver) else value
+            for field in fields(self)
+        }
+        return {"name": type(self).__name__, **options}
+
+
+def check_alpha(alpha: float | None, owner: str) -> None:
+    if alpha is not None and not (
+        isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha) and alpha > 0
+    ):
+        raise OptionError(f"{owner} alpha is {alpha!r}; it is a finite number above 0, or None to choose it")
+
+
+class Schedule(NamedTuple):
+    """When to look: at step ``first`` and every ``every`` steps after it, never past ``last``."""
+
+    first: int
+    every: int
+    last: int
+
+    @classmethod
+    def of(cls, solver: Solver, tuning: Tuning, tol: float) -> Schedule:
+        """First look shortly before the step a trial run suggests; a budget well above the a-priori count."""
+        expected, horizon = 30.0, None
+        if tuning.rate is not None and 0 < tuning.rate < 1:
+            horizon = min(math.log(min(tol, 0.5)) / math.log(tuning.rate), 1e7)
+            expected = horizon / 2
+        if tuning.pace is not None:
+            expected = max(math.log(min(tol / tuning.lead, 0.9)) / math.log(tuning.pace), 2.0)
+        first = solver.check_every or max(2, math.floor(0.65 * expected))
+        every = solver.check_every or max(2, math.ceil(0.06 * expected))
+        budget = MAX_STEPS // 10 if horizon is None else min(MAX_STEPS, math.ceil(3 * horizon) + 100)
+        return cls(first, every, solver.max_steps or max(budget, 2 * first))
+
+    def looks(self, step: int) -> bool:
+        return step >= self.last or (step >= self.first and (step - self.first) % self.every == 0)
+
+
+class Verdict(NamedTuple):
+    """A judge's word on the rows it was shown: which are ``done (B,)``, the absolute ``error (B,)`` it measured
+    (None where it only believes the solver), and what to write down."""
+
+    done: Tensor
+    error: Tensor | None
+    results: tuple[Tensor, ...]
+
+
+Judge = Callable[[Problem, Tensor, Tensor], Verdict]
+"""(problem, w, settled (B,)) -> verdict. ``settled``: the solver's own estimate meets the tolerance, or the
+iterates stand still in floating point."""
+
+
+def iterate(
+    solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge
+) -> tuple[Tensor, ...]:
+    """Run the loop. Returns (steps (B,), done (B,), results...) with the results of ``judge``.
+
+    A sample ends when the judge passes it, when its iterates stop moving in floating point or are no
+    longer finite, or when the budget is spent; the last three are judged as they are.
+    """
+    rows = len(problem.injection)
+    width = max(64, CHUNK // max(problem.operator.features, 1))
+    if problem.injection.device.type != "cpu" or rows <= width:
+        return _Run(solver, problem, tuning, tol, stop, judge).run()
+    chunks = [
+        _Run(solver, problem.select(slice(begin, begin + width)), tuning, tol, stop, judge).run()
+        for begin in range(0, rows, width)
+    ]
+    return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
+
+
+class _Run:
+    """One chunk's way through the loop: the batch that is still computed, and the results written down."""
+
+    def __init__(self, solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge) -> None:
+        self.solver, self.problem, self.tol, self.judge = solver, problem, tol, judge
+        self.schedule = Schedule.of(solver, tuning, tol)
+        q = problem.injection
+        self.total = len(q)
+        self.rows = torch.arange(self.total, device=q.device)
+        self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
+        gain = tuning.gain if stop == "bound" and tuning.gain is not None else 1.0
+        self.gain = torch.full((self.total,), gain, dtype=torch.float64, device=q.device)
+        self.still = 4 * torch.finfo(q.dtype).eps
+        self.results: list[Tensor] = []
+        self.fixed_point = solver.map(problem, tuning)
+        self.state = solver.init(self.fixed_point)
+
+    def run(self) -> tuple[Tensor, ...]:
+        for step in range(1, self.schedule.last + 1):
+            if step > 1:
+                self.state = self.solver.step(self.fixed_point, self.state)
+            if self.schedule.looks(step) and self._look(step):
+                break
+        return tuple(self.results)
+
+    def _look(self, step: int) -> bool:
+        """Judge the samples that seem finished; True when none is left."""
+        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1).double()
+        w = self.fixed_point.point(self.state.image)
+        size = torch.linalg.vector_norm(w, dim=1).double()
+        ready = self.gain * move <= self.tol * size
+        still = move <= self.still * torch.linalg.vector_norm(self.state.image, dim=1)
+        hopeless = ~torch.isfinite(move) | still
+        if step >= self.schedule.last:
+            hopeless = torch.ones_like(hopeless)
+        # at the first look everyone is judged: it tells how each sample's movement relates to its error
+        look = self.alive if step == self.schedule.first else self.alive & (ready | hopeless)
+        count = int(look.sum())
+        if count == 0:
+            return False
+        whole = count == len(look)
+        chosen = slice(None) if whole else look.nonzero()[:, 0]
+        done, error, results = self.judge(self.problem.select(chosen), w[chosen], (ready | still)[chosen])
+        if error is not None:
+            measured = error / move[chosen]
+            self.gain[chosen] = torch.where(torch.isfinite(measured) & (measured > 0), measured, self.gain[chosen])
+        leave = done | hopeless[chosen]
+        self._write(self.rows[chosen][leave], step, done[leave], tuple(c[leave] for c in results))
+        self.alive[chosen] = ~leave
+        left = int(self.alive.sum())
+        if 0 < left < 0.75 * len(self.alive):
+            self._compact()
+        return left == 0
+
+    def _write(self, index: Tensor, step: int, done: Tensor, results: tuple[Tensor, ...]) -> None:
+        columns = torch.full_like(index, step), done, *results
+        if not self.results:
+            self.results = [c.new_zeros((self.total, *c.shape[1:])) for c in columns]
+        for target, column in zip(self.results, columns, strict=True):
+            target[index] = column
+
+    def _compact(self) -> None:
+        """Go on with the samples that are still alive."""
+        kept = self.alive.nonzero()[:, 0]
+        self.rows, self.gain, self.alive = self.rows[kept], self.gain[kept], self.alive[kept]
+        self.problem, self.fixed_point = self.problem.select(kept), self.fixed_point.select(kept)
+        current, image, memory = self.state
+        self.state = State(current[kept], image[kept], tuple(m[kept] for m in memory))

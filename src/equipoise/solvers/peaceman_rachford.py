@@ -1,0 +1,78 @@
+"""Peaceman–Rachford splitting, one product and one reflection a step, and its relaxation (theory §2).
+
+u⁺ = C_α (2 prox_{αf}(u) − u) + 2α V_α q with 2 V_α = I + C_α; for ReLU the reflection is |u|, so a step is
+u⁺ = C_α |u| + c with c = α (I + C_α) q, formed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators import FixedPointMap, MonotoneOperator
+from .loop import Problem, Solver, Tuning
+
+__all__ = ["DouglasRachford", "PeacemanRachford", "PeacemanRachfordMap"]
+
+
+class PeacemanRachfordMap(FixedPointMap):
+    """T(u) = (1 − θ) u + θ (C_α reflect(u) + c); the equilibrium is prox_{αf}(u)."""
+
+    def __init__(self, problem: Problem, alpha: float, relaxation: float = 1.0, offset: Tensor | None = None) -> None:
+        self.problem, self.alpha, self.relaxation = problem, alpha, relaxation
+        self.matrix = problem.operator.cayley(alpha).mT
+        q = problem.injection
+        self.offset = torch.addmm(q, q, self.matrix).mul_(alpha) if offset is None else offset
+        self.reflected = torch.empty_like(self.offset)
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        # T(0) needs a product only where prox_{αf}(0) is not 0.
+        u = torch.zeros_like(self.offset)
+        at_zero = self.problem.activation.prox(u[:1], self.alpha)
+        if bool((at_zero == 0).all()):
+            return u, self.offset * self.relaxation
+        return u, self(u)
+
+    def __call__(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        reflected = self.problem.activation.reflect(u, self.alpha, out=self.reflected)
+        if self.relaxation == 1:
+            return torch.addmm(self.offset, reflected, self.matrix, out=out)
+        image = torch.addmm(self.offset, reflected, self.matrix, out=out)
+        return torch.lerp(u, image, self.relaxation, out=out)
+
+    def point(self, u: Tensor) -> Tensor:
+        return self.problem.activation.prox(u, self.alpha)
+
+    def select(self, rows: Tensor) -> PeacemanRachfordMap:
+        return PeacemanRachfordMap(self.problem.select(rows), self.alpha, self.relaxation, self.offset[rows])
+
+
+@dataclass(frozen=True)
+class PeacemanRachford(Solver):
+    """Peaceman–Rachford splitting; factor at most ‖C_α‖₂, below 1 for every α where m > 0 [WK20, G17].
+
+    ``alpha=None`` minimises ‖C_α‖₂ once per weights.
+    """
+
+    relaxation = 1.0
+
+    def tune(self, operator: MonotoneOperator) -> Tuning:
+        alpha = self.alpha or operator.best_alpha()
+        norm = operator.cayley_norm(alpha)
+        rate = 1 - self.relaxation + self.relaxation * norm
+        margin, lipschitz = operator.margin(), operator.lipschitz()
+        known = margin > 0
+        gain = (1 + alpha * lipschitz) / (2 * alpha * margin * self.relaxation) if known else None
+        return Tuning(alpha, rate if known else None, gain)
+
+    def map(self, problem: Problem, tuning: Tuning) -> PeacemanRachfordMap:
+        return PeacemanRachfordMap(problem, tuning.alpha, self.relaxation)
+
+
+@dataclass(frozen=True)
+class DouglasRachford(PeacemanRachford):
+    """Douglas–Rachford splitting: u⁺ = ½ u + ½ PR(u), factor (1 + ‖C_α‖₂)/2 [G17]."""
+
+    relaxation = 0.5

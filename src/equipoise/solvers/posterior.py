@@ -1,0 +1,92 @@
+"""What is proved about a point, whichever solver returned it (theory §2).
+
+For any w let p = σ(W w + q) and e = w − p. Monotonicity of ∂f between p and z* gives ‖p − z*‖₂ ≤ ‖W e‖₂ / m.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import verified
+from .loop import Problem, Solver, Stop, Tuning, Verdict, iterate
+
+__all__ = ["Posterior", "Solution", "a_posteriori", "solve"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns, row by row.
+
+    ``value (B, n)``: p = σ(W w + q) for the last iterate w. ``converged (B,)``: the asked stopping rule
+    holds. ``steps (B,)``: steps taken. ``residual (B,)``: ‖w − p‖/‖p‖. ``error_bound (B,)``: a proved bound on
+    ‖p − z*‖₂, truncation plus rounding (theory §2), float64; infinite where no positive margin is proved.
+    ``truncation (B,)``: its part that more steps would shrink.
+    """
+
+    value: Tensor
+    converged: Tensor
+    steps: Tensor
+    residual: Tensor
+    error_bound: Tensor
+    truncation: Tensor
+
+
+class Posterior(NamedTuple):
+    """p ``(B, n)``; bound and its truncation part ``(B,)`` float64; ‖w − p‖ and ‖p‖ ``(B,)`` float64."""
+
+    value: Tensor
+    error_bound: Tensor
+    truncation: Tensor
+    gap: Tensor
+    size: Tensor
+
+
+def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
+    """Bound ‖p − z*‖₂ for p = σ(W w + q), every rounding on the way counted (theory §2).
+
+    With r the error of the computed W w + q and δ that of σ, ‖p − z*‖ ≤ (‖W e‖ + ‖r‖ + ‖W‖‖δ‖)/m + ‖δ‖. Products
+    of k terms err by γ_k ‖|W|‖ ‖·‖ in the arithmetic of ``w``; W's own representation error counts as part of r.
+    """
+    operator = problem.operator
+    info = torch.finfo(w.dtype)
+    n = operator.features
+    gamma = verified.gamma(2 * n + 8) * (info.eps / 2 / verified.UNIT)
+    floor = math.sqrt(n * info.tiny) * 4
+    p = problem.activation(operator.apply(w).add_(problem.injection))
+    e = w - p
+    norms = torch.stack(
+        [torch.linalg.vector_norm(t, dim=1) for t in (operator.apply(e), e, w, p, problem.injection)]
+    ).double()
+    product, gap, size_w, _, size_q = norms * (1 + gamma) + floor
+    margin, spread = operator.margin(), operator.absolute_norm()
+    evaluation = problem.activation.evaluation_error(p)
+    delta = torch.linalg.vector_norm(evaluation, dim=1).double() if isinstance(evaluation, Tensor) else 0.0
+    rounding = gamma * (spread * (size_w + gap) + size_q + product)
+    rounding = rounding + operator.representation_error * (size_w + gap)
+    if problem.injection_error is not None:
+        rounding = rounding + problem.injection_error
+    if margin <= 0:
+        infinite = torch.full_like(product, math.inf)
+        return Posterior(p, infinite, infinite, norms[1], norms[3])
+    truncation = norms[0] / margin
+    bound = ((product + rounding + spread * delta) / margin + delta) * (1 + 1e-12)
+    return Posterior(p, bound.nan_to_num(math.inf, math.inf), truncation, norms[1], norms[3])
+
+
+def solve(solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop) -> Solution:
+    """Solve every row to ``tol``, relative to the size of its answer, under the asked stopping rule."""
+
+    def judge(part: Problem, w: Tensor, settled: Tensor) -> Verdict:
+        found = a_posteriori(part, w)
+        measure = found.truncation if stop == "bound" else found.gap
+        residual = torch.where(found.gap == 0, 0.0, found.gap / found.size)
+        done = (measure <= tol * found.size) & torch.isfinite(found.gap)
+        return Verdict(done, measure, (found.value, residual, found.error_bound, found.truncation))
+
+    steps, done, value, residual, bound, truncation = iterate(solver, problem, tuning, tol, stop, judge)
+    return Solution(value, done, steps, residual, bound, truncation)
