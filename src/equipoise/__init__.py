@@ -20,6 +20,8 @@ from .errors import (
     OutputError,
     StructureError,
 )
+from .files import load, save
+from .importers import import_model
 from .layers import MonDEQ
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
@@ -75,9 +77,12 @@ __all__ = [
     "Tanh",
     "Tseng",
     "certify",
+    "import_model",
     "input_lipschitz",
     "lipschitz",
+    "load",
     "margin",
     "quantize",
+    "save",
     "size",
 ]

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from ._atomic import replacing
 from .errors import DataNotFoundError, FileFormatError, MissingExtraError
@@ -165,6 +163,9 @@ def _decode(source: ImageSource, dataset: Any, origin: Path | None = None) -> Ar
 
 def _shown(cells: Any, count: int, title: str) -> Any:
     """The same cells, with a progress bar on stderr while they are consumed (on a terminal only)."""
+    from rich.console import Console  # here, because `import equipoise` passes through this module
+    from rich.progress import track
+
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return track(cells, title, count, console=console, transient=True, disable=hidden, update_period=0.5)

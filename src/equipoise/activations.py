@@ -143,7 +143,7 @@ class LeakyReLU(Activation):
         return torch.nn.functional.leaky_relu(v, a / (a + alpha * (1 - a)))
 
     def derivative(self, v: Tensor) -> Tensor:
-        return torch.where(v > 0, 1.0, self.slope).to(v.dtype)
+        return torch.ones_like(v).masked_fill(v <= 0, self.slope)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .activations import Activation, Linearized
 from .errors import ConvergenceError, ConvergenceWarning
 from .operators import MonotoneOperator
-from .solvers import Problem, Solver, Tuning, Verdict, iterate
+from .solvers import Problem, Solver, Tuning, iterate
 
 __all__ = ["attach", "equilibrate", "report_failures"]
 
@@ -26,19 +26,11 @@ Solve = Callable[[Problem], Tensor]
 """Problem -> w ``(B, n)``, an equilibrium to the tolerance of its maker."""
 
 
-def equilibrate(solver: Solver, tuning: Tuning, tol: float, strict: bool, where: str) -> Solve:
-    """A :data:`Solve` that runs ``solver`` and reports the samples it leaves unfinished."""
-
-    def run(problem: Problem) -> Tensor:
-        def judge(part: Problem, w: Tensor, settled: Tensor) -> Verdict:
-            return Verdict(settled, None, (w,))
-
-        with torch.no_grad():
-            _, done, w = iterate(solver, problem, tuning, tol, "bound", judge)
-            report_failures(done, w, strict, where)
-        return w
-
-    return run
+@torch.no_grad()
+def equilibrate(solver: Solver, tuning: Tuning, problem: Problem, tol: float) -> tuple[Tensor, Tensor]:
+    """(w ``(B, n)``, done ``(B,)``): equilibria to ``tol`` by the solver's own estimate."""
+    _, done, w = iterate(solver, problem, tuning, tol, "bound")
+    return w, done
 
 
 def report_failures(done: Tensor, value: Tensor, strict: bool, where: str, reached: str = "") -> None:
@@ -85,13 +77,13 @@ class _Implicit(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         z = activation(v)
-        ctx.save_for_backward(q, slopes, v, z)
+        ctx.save_for_backward(q, slopes, v, z, *tensors)  # the weights too: changing them in between is noticed
         ctx.activation, ctx.operator, ctx.solve_adjoint = activation, operator, solve_adjoint
         return z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, slopes, v, z = ctx.saved_tensors
+        q, slopes, v, z, *_ = ctx.saved_tensors
         operator, transposed = ctx.operator, ctx.operator.transposed()
         again = torch.is_grad_enabled()  # create_graph: second derivatives may be asked for
         with torch.autocast(grad.device.type, enabled=False):

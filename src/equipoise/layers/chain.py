@@ -34,7 +34,8 @@ def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     if isinstance(model, nn.Sequential):
         found = []
-        for name, child in model.named_children():
+        for name, child in model._modules.items():  # named_children() leaves out a module that appears twice
+            assert child is not None
             inner = chain(child) if isinstance(child, nn.Sequential) else [("", _known(child, name))]
             found += [(f"{name}.{rest}" if rest else name, module) for rest, module in inner]
         return found

@@ -40,9 +40,10 @@ class QuantizedLinear(nn.Module):
         """(W̃, b̃) in the dtype and on the device of the module, read-only."""
         kept = self._derived.of(self)
         if "dense" not in kept:
-            kept["dense"] = tuple(
-                None if value is None else _values(value).to(self._like) for value in (self.weight, self.bias)
-            )
+            with torch.inference_mode(False):
+                kept["dense"] = tuple(
+                    None if value is None else _values(value).to(self._like) for value in (self.weight, self.bias)
+                )
         weight, bias = kept["dense"]
         return weight, bias
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from .linear import QuantizedLinear, affine64
 
 __all__ = ["MonDEQ"]
 
-REFRESH_EVERY = 50
-"""Training steps between two searches for the solver's step: weights move little in between."""
+REFRESH = 50, 800
+"""In training the solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move
+less and less, and a search costs as much as some twenty steps of training."""
+
+DRIFT = 0.05
+"""It is searched for at once where the weights moved by this part of their norm since."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -69,18 +74,16 @@ class MonDEQ(nn.Module):
         for name, value in (("in_features", in_features), ("features", features)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} is {value!r}; it is a positive integer")
-        if not isinstance(solver, Solver):
-            raise OptionError(f"solver is {solver!r}; give one of equipoise's, e.g. PeacemanRachford()")
         self.recurrent: nn.Module = Monotone(features, rank, margin, learn_margin)
         self.injection: nn.Module = nn.Linear(in_features, features)
         self.in_features, self.features = in_features, features
-        self.activation, self.solver = as_activation(activation), solver
+        self.activation, self.solver = as_activation(activation), _check_solver(solver)
         self.tol = None if tol is None else _check_tol(tol)
         self.backward_tol = None if backward_tol is None else _check_tol(backward_tol)
         self.strict = strict
         self.scheme: Scheme | None = None
         self._derived, self._derived_injection = Derived(), Derived()
-        self._tunings: dict[Solver, tuple[Tuning, int]] = {}
+        self._tunings: dict[Solver, _Tuned] = {}
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, **options: Any) -> MonDEQ:
@@ -136,7 +139,8 @@ class MonDEQ(nn.Module):
         """W ``(n, n)``; of a quantized layer dequantized, read-only."""
         if isinstance(self.recurrent, QuantizedWeight):
             return self.operator.weight
-        W: Tensor = self.recurrent()
+        with torch.autocast(self.bias.device.type, enabled=False):
+            W: Tensor = self.recurrent()
         return W
 
     @property
@@ -160,7 +164,8 @@ class MonDEQ(nn.Module):
     @property
     def operator(self) -> DenseOperator:
         """W as an operator; constants are computed once per weights, gradients flow through its products."""
-        return self._operator(self._derived.of(self.recurrent))
+        with torch.inference_mode(False):
+            return self._operator(self._derived.of(self.recurrent))
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
         if isinstance(self.recurrent, QuantizedWeight):
@@ -192,17 +197,21 @@ class MonDEQ(nn.Module):
                 return self.activation(q)
             operator, tuning = self._prepare(self.solver)
             tol = self.tol if self.tol is not None else TOLERANCE[q.dtype]
-            find = equilibrate(self.solver, tuning, tol, self.strict, "forward")
-            w = find(Problem(operator, q.detach(), self.activation))
+            problem = Problem(operator, q.detach(), self.activation)
+            w, done = equilibrate(self.solver, tuning, problem, tol)
+            if not bool(done.all()) and self._tunings[self.solver].age > 1:
+                tuning = self._retune(self.solver, operator)  # the step may be stale rather than the problem hard
+                w, done = equilibrate(self.solver, tuning, problem, tol)
+            report_failures(done, w, self.strict, "forward")
             if not (q.requires_grad or any(t.requires_grad for t in operator.tensors())):
                 return self.activation(operator.apply(w).add_(q))
-            back = equilibrate(
-                self.solver,
-                tuning,
-                tol if self.backward_tol is None else self.backward_tol,
-                self.strict,
-                "backward",
-            )
+            back_tol = tol if self.backward_tol is None else self.backward_tol
+
+            def back(adjoint: Problem) -> Tensor:
+                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol)
+                report_failures(settled, y, self.strict, "backward")
+                return y
+
             return attach(q, w, self.activation, operator, back)
 
     @torch.no_grad()
@@ -227,7 +236,7 @@ class MonDEQ(nn.Module):
         if stop not in ("bound", "residual"):
             raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
         _check_tol(tol)
-        solver = self.solver if solver is None else solver
+        solver = self.solver if solver is None else _check_solver(solver)
         with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
             q = self._inject(x)
             operator, tuning = self._prepare(solver)
@@ -278,24 +287,48 @@ class MonDEQ(nn.Module):
         return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
 
     def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
-        """The operator with the solver's step for it; in training the step found up to 50 calls ago."""
-        kept = self._derived.of(self.recurrent)
-        operator = self._operator(kept)
-        if ("tuning", solver) not in kept:
-            tuning, age = self._tunings.get(solver, (None, 0))
-            if tuning is None or age >= REFRESH_EVERY or not (self.training and torch.is_grad_enabled()):
-                with torch.no_grad():
-                    tuning, age = tuned(solver, operator, self.activation, self._affine()[1]), 0
-            kept["tuning", solver] = tuning
-            self._tunings[solver] = tuning, age + 1
+        """The operator with the solver's step for it; in training a step found some calls ago."""
+        with torch.inference_mode(False):  # what is kept must serve training as well
+            kept = self._derived.of(self.recurrent)
+            operator = self._operator(kept)
+            if ("tuning", solver) not in kept:
+                known = self._tunings.get(solver)
+                reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
+                tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
+                kept["tuning", solver] = tuning
+                self._tunings[solver].age += 1
         found: Tuning = kept["tuning", solver]
         return operator, found
+
+    def _retune(self, solver: Solver, operator: DenseOperator) -> Tuning:
+        tuning = tuned(solver, operator, self.activation, self._affine()[1])
+        limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
+        self._tunings[solver] = _Tuned(tuning, operator.weight.detach().clone(), limit)
+        return tuning
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, features={self.features}, activation={self.activation}, "
             f"solver={self.solver}"
         )
+
+
+@dataclass
+class _Tuned:
+    """A tuning, the weights it was found for, when it expires, and its age, both in calls."""
+
+    tuning: Tuning
+    weight: Tensor
+    limit: int
+    age: int = 0
+
+    def serves(self, operator: DenseOperator) -> bool:
+        """Whether it is young enough and the weights moved by less than a twentieth since."""
+        now, then = operator.weight.detach(), self.weight
+        if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
+            return False
+        norm = torch.linalg.vector_norm
+        return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))
 
 
 def _reached(solution: Solution, tol: float, stop: Stop) -> str:
@@ -310,6 +343,12 @@ def _reached(solution: Solution, tol: float, stop: Stop) -> str:
     resolution = torch.finfo(solution.value.dtype).eps * 1e3
     remedy = "float64 resolves more" if worst < max(resolution, 100 * tol) else "raise the solver's max_steps or tol"
     return f" {tol:g} (worst {worst:.2g}); {remedy}, and see Solution.converged"
+
+
+def _check_solver(solver: Solver) -> Solver:
+    if not isinstance(solver, Solver):
+        raise OptionError(f"solver is {solver!r}; give one of equipoise's, e.g. PeacemanRachford()")
+    return solver
 
 
 def _check_tol(tol: float) -> float:

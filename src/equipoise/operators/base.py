@@ -47,6 +47,8 @@ class MonotoneOperator(ABC):
 
     features: int
     representation_error: float = 0.0
+    stores_cayley: bool = False
+    """Whether C_α itself is what is stored, at ``best_alpha()``."""
 
     @abstractmethod
     def apply(self, z: Tensor) -> Tensor:

@@ -47,11 +47,13 @@ class DenseOperator(MonotoneOperator):
         self._margin_floor = margin_floor
         self._lipschitz_ceiling = lipschitz_ceiling
         self.stored_cayley = cayley
+        self.stores_cayley = cayley is not None
         self._derived = {} if derived is None else derived
 
     def _once(self, key: Any, compute: Callable[[], T]) -> T:
         if key not in self._derived:
-            with torch.no_grad():
+            # kept constants must serve training as well, and be of the stored weights, not of a cast
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
                 self._derived[key] = compute()
         value: T = self._derived[key]
         return value
@@ -162,6 +164,7 @@ class TransposedOperator(MonotoneOperator):
         self.base = base
         self.features = base.features
         self.representation_error = base.representation_error
+        self.stores_cayley = base.stores_cayley
 
     def apply(self, z: Tensor) -> Tensor:
         return self.base.transpose(z)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import InputError, OptionError
+from ..errors import InputError, NotWellPosedError, OptionError
 
 __all__ = ["MARGIN_FLOOR", "Dense", "Monotone", "check_margin", "monotone_factors"]
 
@@ -76,8 +76,9 @@ class Monotone(nn.Module):
         return self.margin
 
     def forward(self) -> Tensor:
-        W = torch.addmm(self.B - self.B.mT, self.A.mT, self.A, alpha=-1)
-        W.diagonal().add_(1 - self.current_margin())
+        with torch.autocast(self.B.device.type, enabled=False):  # W is a definition, not a computation to speed up
+            W = torch.addmm(self.B - self.B.mT, self.A.mT, self.A, alpha=-1)
+            W.diagonal().add_(1 - self.current_margin())
         return W
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -93,7 +94,7 @@ class Dense(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone())
+        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
     def forward(self) -> Tensor:
         return self.weight
@@ -102,7 +103,12 @@ class Dense(nn.Module):
         """(A, K, m) with (1 − m) I − AᵀA + K = W up to rounding; m is W's proved margin."""
         weight = self.weight.detach()
         margin = verified.margin(weight.to("cpu", torch.float64))
-        check_margin(margin)
+        if margin <= 0:
+            raise NotWellPosedError(
+                f"W has the margin {margin:.6g}; a structured quantizer keeps a margin only where there is one above 0. "
+                "Use Compensated, which makes one",
+                margin,
+            )
         A, B = monotone_factors(weight, margin)
         return A, B - B.mT, margin
 

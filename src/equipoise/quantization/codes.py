@@ -106,7 +106,7 @@ class QuantizedTensor(nn.Module):
         _check_codes(codes, bits)
         _check_scale(scale, codes)
         self.bits = bits
-        self.register_buffer("codes", codes.detach().to(code_dtype(bits)))
+        self.register_buffer("codes", codes.detach().to(code_dtype(bits)).contiguous())
         self.register_buffer("scale", scale.detach())
 
     @classmethod

@@ -32,8 +32,10 @@ class Accelerated(Solver):
         super().__post_init__()
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
             raise OptionError(f"{type(self).__name__} memory is {self.memory!r}; it is a positive integer")
-        if isinstance(self.on, Accelerated):
-            raise OptionError(f"{type(self).__name__} acts on a splitting, not on {type(self.on).__name__}")
+        if self.on is not None and (not isinstance(self.on, Solver) or isinstance(self.on, Accelerated)):
+            raise OptionError(
+                f"{type(self).__name__} acts on a splitting such as ForwardBackward(), not on {self.on!r}"
+            )
         if self.on is not None and self.alpha is not None:
             raise OptionError(f"give alpha to the splitting {type(self.on).__name__}, not to {type(self).__name__}")
 

@@ -33,6 +33,10 @@ CHUNK = 2**18
 """Entries of an iterate worked on at a time on a CPU: what stays in its cache between passes."""
 
 
+SMALL = 2**15
+"""Entries of an iterate below which finished samples are carried along: sorting them out would cost more."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Find z ``(B, n)`` with z = σ(W z + q), row by row (theory §1).
@@ -137,44 +141,49 @@ class Schedule(NamedTuple):
     last: int
 
     @classmethod
-    def of(cls, solver: Solver, tuning: Tuning, tol: float) -> Schedule:
-        """First look shortly before the step a trial run suggests; a budget well above the a-priori count."""
+    def of(cls, solver: Solver, tuning: Tuning, tol: float, measured: bool) -> Schedule:
+        """First look where a trial run suggests; a budget well above the a-priori count.
+
+        Where a judge measures errors the first look is early, since what it measures makes the next ones sharp;
+        where it does not, early looks would only cost.
+        """
         expected, horizon = 30.0, None
         if tuning.rate is not None and 0 < tuning.rate < 1:
             horizon = min(math.log(min(tol, 0.5)) / math.log(tuning.rate), 1e7)
             expected = horizon / 2
         if tuning.pace is not None:
             expected = max(math.log(min(tol / tuning.lead, 0.9)) / math.log(tuning.pace), 2.0)
-        first = solver.check_every or max(2, math.floor(0.65 * expected))
-        every = solver.check_every or max(2, math.ceil(0.06 * expected))
+        expected = min(expected, MAX_STEPS / 2)
+        first = solver.check_every or max(2, math.floor((0.65 if measured else 1.1) * expected))
+        every = solver.check_every or max(2, math.ceil((0.06 if measured else 0.2) * expected))
         budget = MAX_STEPS // 10 if horizon is None else min(MAX_STEPS, math.ceil(3 * horizon) + 100)
-        return cls(first, every, solver.max_steps or max(budget, 2 * first))
+        return cls(first, every, solver.max_steps or min(max(budget, 2 * first), MAX_STEPS))
 
     def looks(self, step: int) -> bool:
         return step >= self.last or (step >= self.first and (step - self.first) % self.every == 0)
 
 
 class Verdict(NamedTuple):
-    """A judge's word on the rows it was shown: which are ``done (B,)``, the absolute ``error (B,)`` it measured
-    (None where it only believes the solver), and what to write down."""
+    """A judge's word on the rows it was shown: which are ``done (B,)``, the absolute ``error (B,)`` it measured,
+    and what to write down."""
 
     done: Tensor
-    error: Tensor | None
+    error: Tensor
     results: tuple[Tensor, ...]
 
 
-Judge = Callable[[Problem, Tensor, Tensor], Verdict]
-"""(problem, w, settled (B,)) -> verdict. ``settled``: the solver's own estimate meets the tolerance, or the
-iterates stand still in floating point."""
+Judge = Callable[[Problem, Tensor], Verdict]
+"""(problem, w) -> verdict."""
 
 
 def iterate(
-    solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge
+    solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge | None = None
 ) -> tuple[Tensor, ...]:
-    """Run the loop. Returns (steps (B,), done (B,), results...) with the results of ``judge``.
+    """Run the loop. Returns (steps (B,), done (B,), results...): what ``judge`` wrote down, or without one w.
 
-    A sample ends when the judge passes it, when its iterates stop moving in floating point or are no
-    longer finite, or when the budget is spent; the last three are judged as they are.
+    A sample ends when the judge passes it, when its iterates stop moving in floating point or are no longer
+    finite, or when the budget is spent; the last three are judged as they are. Without a judge the solver's own
+    estimate decides, and a sample that stands still counts as done.
     """
     rows = len(problem.injection)
     width = max(64, CHUNK // max(problem.operator.features, 1))
@@ -190,15 +199,17 @@ def iterate(
 class _Run:
     """One chunk's way through the loop: the batch that is still computed, and the results written down."""
 
-    def __init__(self, solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge) -> None:
+    def __init__(
+        self, solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge | None
+    ) -> None:
         self.solver, self.problem, self.tol, self.judge = solver, problem, tol, judge
-        self.schedule = Schedule.of(solver, tuning, tol)
+        self.schedule = Schedule.of(solver, tuning, tol, judge is not None)
         q = problem.injection
         self.total = len(q)
         self.rows = torch.arange(self.total, device=q.device)
         self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
         gain = tuning.gain if stop == "bound" and tuning.gain is not None else 1.0
-        self.gain = torch.full((self.total,), gain, dtype=torch.float64, device=q.device)
+        self.gain = q.new_full((self.total,), gain)
         self.still = 4 * torch.finfo(q.dtype).eps
         self.results: list[Tensor] = []
         self.fixed_point = solver.map(problem, tuning)
@@ -213,40 +224,60 @@ class _Run:
         return tuple(self.results)
 
     def _look(self, step: int) -> bool:
-        """Judge the samples that seem finished; True when none is left."""
-        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1).double()
+        """Write down the samples that are finished; True when none is left."""
+        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1)
         w = self.fixed_point.point(self.state.image)
-        size = torch.linalg.vector_norm(w, dim=1).double()
-        ready = self.gain * move <= self.tol * size
-        still = move <= self.still * torch.linalg.vector_norm(self.state.image, dim=1)
+        size = torch.linalg.vector_norm(w, dim=1)
+        ready = (self.gain * move <= self.tol * size) & (size < math.inf)  # an overflow is no convergence
+        if self.judge is None and not self.results and bool(ready.all()):
+            self._record(torch.full_like(self.rows, step), ready, w)
+            return True
+        reach = torch.linalg.vector_norm(self.state.image, dim=1)
+        still = (move <= self.still * reach) & (reach < math.inf)
         hopeless = ~torch.isfinite(move) | still
         if step >= self.schedule.last:
             hopeless = torch.ones_like(hopeless)
+        if self.judge is None:
+            settled = ready | still
+            self._record(torch.full_like(self.rows, step), settled, w)
+            self.alive = self.alive & ~(settled | hopeless)
+        else:
+            self._judge(step, self.judge, w, move, ready, hopeless)
+        left = int(self.alive.sum())
+        if 0 < left < 0.75 * len(self.alive) and self.state.image.numel() > SMALL:
+            self._compact()
+        return left == 0
+
+    def _record(self, *columns: Tensor) -> None:
+        """Write columns down for the samples still alive; a later look overwrites those it leaves alive."""
+        if not self.results:
+            self.results = [column.clone() for column in columns]
+        elif len(self.rows) == self.total:
+            masks = (self.alive.view(-1, *[1] * (column.ndim - 1)) for column in columns)
+            self.results = [
+                torch.where(mask, new, old) for mask, new, old in zip(masks, columns, self.results, strict=True)
+            ]
+        else:
+            for target, column in zip(self.results, columns, strict=True):
+                target[self.rows[self.alive]] = column[self.alive]
+
+    def _judge(self, step: int, judge: Judge, w: Tensor, move: Tensor, ready: Tensor, hopeless: Tensor) -> None:
         # at the first look everyone is judged: it tells how each sample's movement relates to its error
         look = self.alive if step == self.schedule.first else self.alive & (ready | hopeless)
         count = int(look.sum())
         if count == 0:
-            return False
-        whole = count == len(look)
-        chosen = slice(None) if whole else look.nonzero()[:, 0]
-        done, error, results = self.judge(self.problem.select(chosen), w[chosen], (ready | still)[chosen])
-        if error is not None:
-            measured = error / move[chosen]
-            self.gain[chosen] = torch.where(torch.isfinite(measured) & (measured > 0), measured, self.gain[chosen])
+            return
+        chosen = slice(None) if count == len(look) else look.nonzero()[:, 0]
+        done, error, results = judge(self.problem.select(chosen), w[chosen])
+        gain = (error / move[chosen]).to(self.gain)
+        self.gain[chosen] = torch.where(torch.isfinite(gain) & (gain > 0), gain, self.gain[chosen])
         leave = done | hopeless[chosen]
-        self._write(self.rows[chosen][leave], step, done[leave], tuple(c[leave] for c in results))
-        self.alive[chosen] = ~leave
-        left = int(self.alive.sum())
-        if 0 < left < 0.75 * len(self.alive):
-            self._compact()
-        return left == 0
-
-    def _write(self, index: Tensor, step: int, done: Tensor, results: tuple[Tensor, ...]) -> None:
-        columns = torch.full_like(index, step), done, *results
+        columns = torch.full_like(self.rows[chosen], step), done, *results
         if not self.results:
-            self.results = [c.new_zeros((self.total, *c.shape[1:])) for c in columns]
+            self.results = [column.new_zeros((self.total, *column.shape[1:])) for column in columns]
         for target, column in zip(self.results, columns, strict=True):
-            target[index] = column
+            target[self.rows[chosen][leave]] = column[leave]
+        self.alive[chosen] = ~leave
 
     def _compact(self) -> None:
         """Go on with the samples that are still alive."""

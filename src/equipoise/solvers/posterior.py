@@ -81,11 +81,11 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
 def solve(solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop) -> Solution:
     """Solve every row to ``tol``, relative to the size of its answer, under the asked stopping rule."""
 
-    def judge(part: Problem, w: Tensor, settled: Tensor) -> Verdict:
+    def judge(part: Problem, w: Tensor) -> Verdict:
         found = a_posteriori(part, w)
         measure = found.truncation if stop == "bound" else found.gap
         residual = torch.where(found.gap == 0, 0.0, found.gap / found.size)
-        done = (measure <= tol * found.size) & torch.isfinite(found.gap)
+        done = (measure <= tol * found.size) & torch.isfinite(found.gap + found.size)
         return Verdict(done, measure, (found.value, residual, found.error_bound, found.truncation))
 
     steps, done, value, residual, bound, truncation = iterate(solver, problem, tuning, tol, stop, judge)

@@ -1,0 +1,1 @@
+"""What models become in a file, and how they are built again from what a stranger may have written."""

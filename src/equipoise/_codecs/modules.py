@@ -1,0 +1,125 @@
+"""How models are stored: equilibrium layers, modules without tensors, and chains of them.
+
+A new kind of module registers in ``MODULES``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..errors import FileFormatError
+from ..layers import MonDEQ, QuantizedLinear
+from ..parametrizations import Dense, Monotone
+from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
+from .tensors import Fields, TensorReader, TensorWriter, plain
+from .weights import LINEAR, WEIGHTS, Codec, read_module, write_module
+
+__all__ = ["MODULES"]
+
+
+def _write_mondeq(layer: MonDEQ, out: TensorWriter) -> dict[str, Any]:
+    return {
+        "features": layer.features,
+        "recurrent": write_module(layer.recurrent, WEIGHTS, out.under("recurrent")),
+        "injection": write_module(layer.injection, LINEAR, out.under("injection")),
+        "activation": write_activation(layer.activation, out.where),
+        "solver": write_solver(layer.solver, out.where),
+        "tol": plain(layer.tol, out.where),
+        "backward_tol": plain(layer.backward_tol, out.where),
+        "strict": bool(layer.strict),
+        "scheme": write_scheme(layer.scheme, out.where),
+    }
+
+
+def _read_mondeq(fields: Fields, tensors: TensorReader) -> MonDEQ:
+    n = fields.size("features")
+    recurrent = read_module(fields.fields("recurrent", features=n), WEIGHTS, tensors.under("recurrent"))
+    injection = read_module(fields.fields("injection"), LINEAR, tensors.under("injection"))
+    assert isinstance(injection, (nn.Linear, QuantizedLinear))
+    if injection.out_features != n or injection.bias is None:
+        raise FileFormatError(f"{fields.where}: the injection needs {n} outputs and a bias")
+    if isinstance(recurrent, (Monotone, Dense)) and _dtype(recurrent) != _dtype(injection):
+        raise FileFormatError(f"{fields.where}: weights {_dtype(recurrent)}, injection {_dtype(injection)}")
+    with torch.device("meta"):  # both weights are replaced: draw no random numbers, take no memory
+        layer = MonDEQ(
+            injection.in_features,
+            n,
+            rank=0,
+            activation=read_activation(fields.fields("activation")),
+            solver=read_solver(fields.fields("solver")),
+            tol=fields.take("tol", float, type(None)),
+            backward_tol=fields.take("backward_tol", float, type(None)),
+            strict=fields.take("strict", bool),
+        )
+    layer.recurrent, layer.injection = recurrent, injection
+    layer.scheme = read_scheme(fields.take("scheme", dict, type(None)))
+    return layer
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return module.dense()[0].dtype if isinstance(module, QuantizedLinear) else next(module.parameters()).dtype
+
+
+def _stateless(module: type[nn.Module], *options: str) -> Codec:
+    """A module that is given by options which it keeps as attributes of the same name: numbers and booleans."""
+    default = module()
+    kinds = {name: type(getattr(default, name)) for name in options}
+
+    def write(instance: nn.Module, out: TensorWriter) -> dict[str, Any]:
+        return {name: plain(kind(getattr(instance, name)), out.where) for name, kind in kinds.items()}
+
+    def read(fields: Fields, tensors: TensorReader) -> nn.Module:
+        values = fields.options()
+        if {name: type(value) for name, value in values.items()} != kinds:
+            needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise FileFormatError(f"{fields.where}: options {values}; needed are {needed or 'none'}")
+        try:
+            return module(**values)
+        except (ValueError, AssertionError) as error:
+            raise FileFormatError(f"{fields.where}: {error}") from error
+
+    return Codec(module, write, read)
+
+
+def _write_sequential(model: nn.Sequential, out: TensorWriter) -> dict[str, Any]:
+    # named_children() would name a module that stands twice only once
+    children = model._modules.items()
+    return {"modules": [{"name": k, **write_module(cast(nn.Module, m), MODULES, out.under(k))} for k, m in children]}
+
+
+def _read_sequential(fields: Fields, tensors: TensorReader) -> nn.Sequential:
+    model = nn.Sequential()
+    for values in fields.take("modules", list):
+        child = Fields(values, f"a module of {fields.where}")
+        name = child.take("name", str)
+        child.where = f"module{tensors.under(name).where}"
+        if name in model._modules:
+            raise FileFormatError(f"{child.where}: two modules have this name")
+        module = read_module(child, MODULES, tensors.under(name))
+        try:
+            model.add_module(name, module)
+        except KeyError as error:
+            raise FileFormatError(f"{child.where}: no module can have this name") from error
+    return model
+
+
+MODULES = {
+    "mondeq": Codec(MonDEQ, _write_mondeq, _read_mondeq),
+    "sequential": Codec(nn.Sequential, _write_sequential, _read_sequential),
+    **LINEAR,
+    "flatten": _stateless(nn.Flatten, "start_dim", "end_dim"),
+    "identity": _stateless(nn.Identity),
+    "dropout": _stateless(nn.Dropout, "p", "inplace"),
+    "relu": _stateless(nn.ReLU, "inplace"),
+    "leaky_relu": _stateless(nn.LeakyReLU, "negative_slope", "inplace"),
+    "elu": _stateless(nn.ELU, "alpha", "inplace"),
+    "softplus": _stateless(nn.Softplus, "beta", "threshold"),
+    "softshrink": _stateless(nn.Softshrink, "lambd"),
+    "hardtanh": _stateless(nn.Hardtanh, "min_val", "max_val", "inplace"),
+    "sigmoid": _stateless(nn.Sigmoid),
+    "tanh": _stateless(nn.Tanh),
+}
+"""What a file can hold, by the name it has there."""

@@ -1,0 +1,122 @@
+"""The ladder as one self-contained page. In the terminal: ``report.terminal``."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .._atomic import check_output, replacing
+from ..errors import MissingExtraError
+from ..ladder import Ladder, Rung
+from . import words
+from .canvas import MARKERS
+from .figures import draw_all
+
+__all__ = ["render", "write_report"]
+
+BLURBS = {
+    "assembled": "W itself rounded",
+    "structured": "rounded below the structure of W",
+    "compensated": "W rounded, its diagonal lowered",
+    "cayley": "the Cayley transform rounded",
+}
+
+
+def write_report(ladder: Ladder, path: str | Path, title: str | None = None, force: bool = False) -> Path:
+    """Write the page to ``path``, whole or not at all: one HTML file that needs no network.
+
+    Raises:
+        OutputError: ``path`` exists and ``force`` is False, or cannot be written.
+        MissingExtraError: matplotlib or Jinja are not installed.
+    """
+    target = check_output(path, force)
+    page = render(ladder, title).encode()
+    with replacing(target, force) as file:
+        file.write(page)
+    return target
+
+
+def render(ladder: Ladder, title: str | None = None) -> str:
+    """The page as text; the same ladder always gives the same text."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("the report needs Jinja: pip install 'equipoise[report]'") from error
+    environment = Environment(
+        loader=PackageLoader("equipoise.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = ("bits_text", "number", "at_least", "at_most", "percent", "percent_at_least")
+    environment.globals.update({name: getattr(words, name) for name in names}, missing=words.MISSING)
+    page = environment.get_template("report.html.j2").render(**_context(ladder, title))
+    # A number and its unit stay on one line.
+    return re.sub(r"(\d) (?=%|kB|MB|bits?\b|bytes\b)", "\\1\N{NO-BREAK SPACE}", page)
+
+
+def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
+    rung = None if ladder.chosen is None else ladder.rungs[ladder.chosen]
+    proof = ladder.evidence[ladder.chosen] if ladder.chosen is not None and ladder.evidence else None
+    subject = ladder.subject
+    schemes = list(dict.fromkeys(r.scheme for r in ladder.rungs))
+    seen = {r.verdict for r in ladder.rungs}
+    first = ladder.evidence[0].certificate if ladder.evidence else None
+    return {
+        "version": _version(),
+        "title": title or (f"{subject.data}, quantized and certified" if subject else "Quantized and certified"),
+        "headline": words.headline(ladder),
+        "summary": words.summary(ladder),
+        "rung": rung,
+        "rungs": ladder.rungs,
+        "subject": subject,
+        "tiles": _tiles(ladder, rung) if rung else [],
+        "proved": words.proved(rung, proof) if rung and proof else [],
+        "measured": words.measured(ladder, rung) if rung else [],
+        "asks": words.asks(ladder.requirements, proof) if proof else [],
+        "schemes": schemes,
+        "blurbs": BLURBS,
+        "markers": MARKERS,
+        "figures": draw_all(ladder),
+        "verdicts": words.VERDICTS,
+        "verdicts_seen": [verdict for verdict in words.VERDICTS if verdict in seen],
+        "input_bits": ladder.rungs[0].input_bits if ladder.rungs else None,
+        "notes": ladder.notes,
+        "arithmetic": f"Proofs: {first.arithmetic}." if first else "",
+        # Inside a script element only "<" could end it.
+        "data": json.dumps(ladder.to_dict(), allow_nan=False).replace("<", "\\u003c"),
+    }
+
+
+def _tiles(ladder: Ladder, rung: Rung) -> list[dict[str, str]]:
+    """The four figures under the headline, those that do not apply left out."""
+    subject = ladder.subject
+    tiles = [_tile("Size", words.bytes_text(rung.size_bytes), "counted", "")]
+    if subject:
+        times = subject.size_bytes / rung.size_bytes
+        tiles[0]["beside"] = f"float {words.bytes_text(subject.size_bytes)}, {times:.1f} times that"
+    beside = f"float {words.at_least(subject.margin)}" if subject else ""
+    tiles.append(_tile("Margin, at least", words.at_least(rung.margin), "proved", beside))
+    if rung.agreement is not None:
+        tiles.append(
+            _tile("Classes proved unchanged", words.percent_at_least(rung.agreement), "proved", "of the test inputs")
+        )
+    if rung.accuracy is not None:
+        beside = f"float {words.percent(subject.accuracy)}" if subject else ""
+        tiles.append(_tile("Accuracy", words.percent(rung.accuracy), "measured", beside))
+    return tiles
+
+
+def _tile(label: str, value: str, kind: str, beside: str) -> dict[str, str]:
+    return {"label": label, "value": value, "kind": kind, "beside": beside}
+
+
+def _version() -> str:
+    try:
+        return version("equipoise")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
