@@ -185,14 +185,27 @@ def test_the_worst_row_counts_and_nan_is_infinite() -> None:
     assert measure.relative_error(off, exact) == math.inf
 
 
-def test_rounds_start_with_another_task_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_differ_in_order_and_warm_up_what_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    tasks = {name: (lambda name=name: seen.append(name)) for name in "abc"}
+    tasks = {name: (lambda name=name: seen.append(name)) for name in "abcd"}
     times = measure.interleave(tasks, 3)
-    assert "".join(seen) == "abcbcacab"
     assert {len(taken) for taken in times.values()} == {3}
+    assert [seen.count(name) for name in tasks] == [5] * 4  # all but the first time twice
+    first, second = seen[:4], seen[4::2][:4]
+    assert sorted(first) == sorted(second) == sorted(tasks)
+    assert first != second
+    assert seen[4::2] == seen[5::2]
+    monkeypatch.setattr(measure, "SHORT", 0.0)
     monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    seen.clear()
     assert {len(taken) for taken in measure.interleave(tasks, 5).values()} == {3}
+    assert len(seen) == 12
+
+
+def test_a_lone_round_is_a_single_call() -> None:
+    seen: list[int] = []
+    measure.interleave({"a": lambda: seen.append(1)}, 1)
+    assert seen == [1]
 
 
 # Races
@@ -232,9 +245,9 @@ def test_the_coarsest_settings_that_suffice_are_tried_and_no_finer(layer: eq.Mon
     errors = {1.0: 1e-2, 0.5: 5e-5, 0.2: 2e-5, 0.1: 1e-5}
     form = race.tune(pretender(layer, errors, calls), work_of(layer))
     assert form.tried == [1.0, 0.5, 0.2]
-    assert form.setting in (0.5, 0.2)
-    assert form.run is not None
-    assert form.run.error == pytest.approx(errors[form.setting], rel=0.1)
+    assert [entry.setting for entry in form.entries] == [0.5, 0.2]
+    for entry in form.entries:
+        assert entry.run.error == pytest.approx(errors[entry.setting], rel=0.1)
     assert 0.1 not in calls
 
 

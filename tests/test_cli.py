@@ -81,7 +81,7 @@ def test_quantize_writes_codes_with_their_certificate(folder: Path, tmp_path: Pa
         8,
         True,
     )
-    assert found["margin"] >= 0.2
+    assert found["margin"] >= 0.2 * (1 - 1e-6)  # of the float32 matrix multiplied by as well
     model = eq.load(tmp_path / "o")
     assert found["size_bytes"] == eq.size(model) < eq.size(eq.load(folder / "float.safetensors"))
     assert eq.margin(model) == found["margin"]

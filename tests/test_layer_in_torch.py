@@ -315,3 +315,19 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None
         parameter.requires_grad_(True)
     layer(X).sum().backward()
     assert layer.recurrent.A.grad is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_gradients_the_weights_are_assembled_once(mode: Callable[[], Any], training: bool) -> None:
+    layer, calls = make().train(training), []
+    layer.recurrent.register_forward_hook(lambda *_: calls.append(1))
+    with mode():
+        for _ in range(4):
+            assert not layer(X).requires_grad
+            assert not layer.operator.weight.requires_grad
+    for _ in range(2):
+        layer.solve(X, tol=1e-5)  # differentiates nothing, whatever the mode around it
+    assert len(calls) == 1
+    layer(X).sum().backward()
+    assert layer.recurrent.A.grad is not None

@@ -19,6 +19,7 @@ from equipoise.data import Data, Preprocessing, Split
 from equipoise.errors import InputError, NotWellPosedError, OptionError, OutputError
 from equipoise.ladder import Findings, Ladder, Requirements, Rung, choose
 from equipoise.plan import build_ladder, check_fits
+from equipoise.quantization.schemes import SCHEMES
 
 RUNG_KEYS = [
     "scheme",
@@ -202,13 +203,19 @@ def test_figures_are_those_of_the_test_split(built: tuple[nn.Sequential, Data, L
 def test_the_choice_is_made_on_the_validation_split(built: tuple[nn.Sequential, Data, Ladder]) -> None:
     model, data, ladder = built
     for rung, evidence in zip(ladder.rungs, ladder.evidence, strict=True):
-        proof = eq.certify(evidence.model, reference=model, inputs=data.validation.x)
+        small = eq.quantize(model, SCHEMES[rung.scheme](bits=rung.bits))
+        proof = eq.certify(small, reference=model, inputs=data.validation.x)
         found = evidence.findings
-        held_out = (evidence.model(data.validation.x).argmax(1) == data.validation.y).double().mean()
+        held_out = (small(data.validation.x).argmax(1) == data.validation.y).double().mean()
         assert found.accuracy == float(held_out)
         assert (found.size_bytes, found.agreement) == (rung.size_bytes, proof.agreement)
         if proof.displacement is not None:
             assert found.displacement == pytest.approx(float(proof.displacement.max()))
+
+
+def test_only_the_chosen_model_is_kept(built: tuple[nn.Sequential, Data, Ladder]) -> None:
+    _, _, ladder = built
+    assert [i for i, evidence in enumerate(ladder.evidence) if evidence.model is not None] == [ladder.chosen]
 
 
 def test_the_float_model_is_described_beside_its_ladder(built: tuple[nn.Sequential, Data, Ladder]) -> None:
@@ -229,7 +236,9 @@ def test_every_validation_input_is_proved_within_a_displacement_that_was_asked()
     limit = (bounds[0] + bounds[1]) / 2
     ladder = build_ladder(model, data, ["structured"], [8, 6, 4], Requirements(max_displacement=limit))
     assert ladder.chosen == 0
-    proof = eq.certify(ladder.evidence[0].model, model, data.validation.x)
+    chosen = ladder.evidence[0].model
+    assert chosen is not None
+    proof = eq.certify(chosen, model, data.validation.x)
     assert proof.displacement is not None
     assert float(proof.displacement.max()) <= limit
 

@@ -54,7 +54,7 @@ class Activation(ABC):
     """A scalar proximal map σ = prox_f applied elementwise (theory §1)."""
 
     ulps: ClassVar[float] = 0.0
-    """|fl(σ(v)) − σ(v)| <= ulps · eps · max(|σ(v)|, tiny): 0 where σ is evaluated without rounding."""
+    """|fl(σ(v)) − σ(v)| <= ulps · (eps |fl(σ(v))| + tiny), the latter for what underflows; 0 where σ is exact."""
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class Activation(ABC):
         if self.ulps == 0:
             return 0.0
         info = torch.finfo(p.dtype)
-        return self.ulps * info.eps * p.abs().clamp_min(info.tiny)
+        return self.ulps * (info.eps * p.abs() + info.tiny)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -244,7 +244,7 @@ class SoftThreshold(Activation):
         return v - v.clamp(-width, width)
 
     def derivative(self, v: Tensor) -> Tensor:
-        return (v.abs() > self.threshold).to(v.dtype)
+        return ((v.abs() > self.threshold) | (self.threshold == 0)).to(v.dtype)
 
     def evaluation_error(self, p: Tensor) -> Tensor | float:
         return torch.finfo(p.dtype).eps * (p.abs() + self.threshold)  # the threshold is rounded too
@@ -306,7 +306,7 @@ def activation_from_dict(fields: Mapping[str, Any]) -> Activation:
     """The inverse of :meth:`Activation.to_dict`."""
     options = dict(fields)
     name = options.pop("name", None)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise OptionError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     try:
         return ACTIVATIONS[name](**options)

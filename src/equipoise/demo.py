@@ -110,6 +110,7 @@ def _write(ladder: Ladder, model: nn.Module, folder: Path) -> dict[str, str]:
     write_report(ladder, folder / files["report"], title="handwritten digits, quantized and certified")
     if ladder.chosen is not None:
         chosen = ladder.evidence[ladder.chosen]
+        assert chosen.model is not None
         files["model"] = "model.safetensors"
         save(chosen.model, folder / files["model"], certificate=chosen.portable_certificate)
     return files

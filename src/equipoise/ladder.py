@@ -123,10 +123,10 @@ def _keeps(found: float | None, asked: float | None, sign: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Behind a rung, and not in its JSON: the quantized model, its certificate over the test split (per-sample
-    bounds and distances included), and what the choice saw."""
+    """Behind a rung, and not in its JSON: its certificate over the test split (per-sample bounds and distances
+    included), what the choice saw, and the quantized model, kept for the chosen rung only."""
 
-    model: nn.Module
+    model: nn.Module | None
     certificate: Certificate
     findings: Findings
 

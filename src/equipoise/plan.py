@@ -5,6 +5,7 @@ Choices are made on the validation split, figures are reported on the test split
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .certificates import certify
+from .certificates import Certifier, certify
 from .data import Data, Split
 from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError
 from .ladder import Evidence, Findings, Ladder, Requirements, Rung, Subject, choose
@@ -59,7 +60,12 @@ def build_ladder(
     total = len(wanted) + 1
     tell(0, total, "float model")
     subject = _subject(model, data, classifies)
-    rungs, evidence, notes = [], [], []
+    held_out, tested = _placed(data.validation, model), _placed(data.test, model)
+    judges = Certifier(model, held_out.x), Certifier(model, tested.x)
+    rungs: list[Rung] = []
+    evidence: list[Evidence] = []
+    notes: list[str] = []
+    chosen = None
     for done, scheme in enumerate(wanted, start=1):
         label = f"{scheme.name}, {scheme.bits} bit{'s' if scheme.bits > 1 else ''}"
         tell(done, total, label)
@@ -68,11 +74,13 @@ def build_ladder(
         except NotWellPosedError as error:
             notes.append(f"{label}: not made; {error}")
             continue
-        rung, proof = _climb(small, scheme, model, data, classifies)
+        rung, proof = _climb(small, scheme, judges, (held_out, tested), classifies)
         rungs.append(rung)
         evidence.append(proof)
+        chosen = choose([proof.findings for proof in evidence], requirements)
+        # Large models are many: only one that may still be chosen is kept.
+        evidence = [e if i == chosen else dataclasses.replace(e, model=None) for i, e in enumerate(evidence)]
     tell(total, total, "done")
-    chosen = choose([proof.findings for proof in evidence], requirements)
     return Ladder(tuple(rungs), chosen, requirements, tuple(evidence), subject, tuple(notes))
 
 
@@ -116,14 +124,18 @@ def _wanted(schemes: Iterable[str], bits: Iterable[int], input_bits: int | None)
     return wanted
 
 
-def _climb(small: nn.Module, scheme: Scheme, model: nn.Module, data: Data, classifies: bool) -> tuple[Rung, Evidence]:
+def _climb(
+    small: nn.Module,
+    scheme: Scheme,
+    judges: tuple[Certifier, Certifier],
+    splits: tuple[Split, Split],
+    classifies: bool,
+) -> tuple[Rung, Evidence]:
     """The rung of one quantized model, and what is behind it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the verdict tells
-        held_out, tested = _placed(data.validation, small), _placed(data.test, small)
-        first = certify(small, reference=model, inputs=held_out.x)
-        last = certify(small, reference=model, inputs=tested.x)
-        accuracies = [_accuracy(small, split) if classifies else None for split in (held_out, tested)]
+        first, last = (judge(small) for judge in judges)
+        accuracies = [_accuracy(small, split) if classifies else None for split in splits]
     bytes_, margin = size(small), _finite(last.margin)
     findings = Findings(
         first.certified, bytes_, margin, accuracies[0], first.agreement, _reduced(first.displacement, "max")

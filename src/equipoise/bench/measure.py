@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,9 @@ Progress = Callable[[int, int, str], None]
 ENOUGH = 6.0
 """Seconds after which a task is left out of further rounds, once it has had three."""
 
+SHORT = 0.1
+"""Seconds up to which a task is run once more, untimed, before each time it counts."""
+
 TRUTH_TOL = 1e-11
 TRUTH_STEPS = 50_000
 
@@ -32,18 +36,21 @@ TRUTH_STEPS = 50_000
 def interleave(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each task, once per round, so that a machine that drifts drifts for all of them alike.
 
-    Each round starts with another task. Tasks are warm already, or are called once before. A slow one may miss
-    the later rounds, so lists differ in length.
+    Each round has another order, and a short task runs once untimed before it is timed, so that nobody pays for
+    the caches its predecessor emptied. A long one may miss the later rounds: lists differ in length.
     """
-    names = list(tasks)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if len(times[name]) >= 3 and sum(times[name]) > ENOUGH:
+    shuffled = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name in shuffled.sample(list(tasks), len(tasks)):
+            taken = times[name]
+            if len(taken) >= 3 and sum(taken) > ENOUGH:
                 continue
+            if taken and taken[-1] < SHORT:
+                tasks[name]()
             begin = time.perf_counter()
             tasks[name]()
-            times[name].append(time.perf_counter() - begin)
+            taken.append(time.perf_counter() - begin)
     return times
 
 

@@ -27,6 +27,9 @@ GOAL = 1e-4
 PATIENCE = 120.0
 """Seconds after which no further setting of a contender is tried."""
 
+LONG = 0.5
+"""Seconds from which on one setting is enough."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -45,13 +48,18 @@ class Run(NamedTuple):
     most: int | None
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a contender was found to be able to do: its best setting, or None; those tried and their errors."""
+class Entry(NamedTuple):
+    """A setting that reaches the goal."""
 
-    setting: float | None
-    solve: Solve | None
-    run: Run | None
+    setting: float
+    solve: Solve
+    run: Run
+
+
+class Form(NamedTuple):
+    """What a contender was found to be able to do: its entries, at most two, and the settings tried, with errors."""
+
+    entries: list[Entry]
     tried: list[float]
     errors: list[float]
 
@@ -78,13 +86,16 @@ def race(
             tell(f"{label}: {contender.name}")
             forms.append(tune(contender, work))
         tell(f"{label}: side by side")
-        tasks = {str(i): _over(form.solve, work) for i, form in enumerate(forms) if form.solve is not None}
+        tasks = {
+            f"{i} {entry.setting}": _over(entry.solve, work) for i, form in enumerate(forms) for entry in form.entries
+        }
         times = interleave({"injection": lambda: [linear(x, U, b) for x in work.batches]} | tasks, rounds)
     count = len(work.batches)
-    rows = [
-        _row(contender, form, times.get(str(i), []), count)
-        for i, (contender, form) in enumerate(zip(contenders, forms, strict=True))
-    ]
+    rows = []
+    for i, (contender, form) in enumerate(zip(contenders, forms, strict=True)):
+        timed = [(entry, times[f"{i} {entry.setting}"]) for entry in form.entries]
+        best = min(timed, key=lambda pair: median(pair[1]), default=None)
+        rows.append(_row(contender, form, best, count))
     return {
         "batch": len(work.batches[0]),
         "solves": count,
@@ -95,31 +106,27 @@ def race(
 
 
 def tune(contender: Contender, work: Work) -> Form:
-    """The fastest of the contender's settings that reach the goal.
+    """The coarsest settings of the contender that reach the goal, two of them: the rounds tell which is faster.
 
-    From coarse to fine, up to one past the first that reaches it: a still finer one only does more of the same.
+    A still finer one only does more of the same; where a pass is long, so does the second.
     """
-    good: list[tuple[float, Solve, Run]] = []
-    tried: list[float] = []
-    errors: list[float] = []
+    form = Form([], [], [])
     begin = time.perf_counter()
     for setting in contender.settings:
         first = attempt(contender.make(setting, None), work)
-        tried.append(setting)
-        errors.append(first.error)
+        form.tried.append(setting)
+        form.errors.append(first.error)
         if first.error <= GOAL:
             solve = contender.make(setting, first.most)
-            runs = [attempt(solve, work)]
-            while len(runs) < 3 and runs[-1].seconds < 0.5:
-                runs.append(attempt(solve, work))
-            if max(run.error for run in runs) <= GOAL:
-                good.append((setting, solve, min(runs, key=lambda run: run.seconds)))
-        stuck = len(errors) > 2 and errors[-1] >= 0.99 * errors[-3]  # a budget is spent, or rounding is reached
-        if len(good) == 2 or stuck or time.perf_counter() - begin > PATIENCE:
+            again = attempt(solve, work)
+            if again.error <= GOAL:
+                form.entries.append(Entry(setting, solve, again))
+        wanted = 1 if first.seconds > LONG else 2
+        # not lower than two settings ago: a budget is spent, or rounding is reached
+        stuck = len(form.errors) > 2 and form.errors[-1] >= 0.99 * form.errors[-3]
+        if len(form.entries) >= wanted or stuck or time.perf_counter() - begin > PATIENCE:
             break
-    if not good:
-        return Form(None, None, None, tried, errors)
-    return Form(*min(good, key=lambda entry: entry[2].seconds), tried, errors)
+    return form
 
 
 def attempt(solve: Solve, work: Work) -> Run:
@@ -138,18 +145,19 @@ def _over(solve: Solve, work: Work) -> Callable[[], object]:
     return lambda: [solve(x) for x in work.batches]
 
 
-def _row(contender: Contender, form: Form, times: list[float], count: int) -> dict[str, Any]:
-    error = form.run.error if form.run is not None else min(form.errors)
+def _row(contender: Contender, form: Form, best: tuple[Entry, list[float]] | None, count: int) -> dict[str, Any]:
+    entry, times = best or (None, [])
+    error = min(form.errors) if entry is None else entry.run.error
     return {
         "name": contender.name,
         "family": contender.family,
-        "reached": form.run is not None,
-        "worst_error": error if math.isfinite(error) else None,
         "options": contender.options,
+        "reached": entry is not None,
+        "worst_error": error if math.isfinite(error) else None,
         "setting_is": contender.kind,
-        "setting": form.setting,
+        "setting": None if entry is None else entry.setting,
         "tried": form.tried,
-        "steps": None if form.run is None else form.run.steps,
+        "steps": None if entry is None else entry.run.steps,
         "seconds": median(times) / count if times else None,
         "spread": spread(times) if times else None,
     }

@@ -88,9 +88,8 @@ def measure(
     tell("data")
     data, notes = images(data_dir)
     tell("a network to measure on")
-    networks = [trained_network(data, sizes.warm_up_steps)]
-    if checkpoint is not None:
-        networks.append(checkpoint_network(checkpoint, data))
+    given = [] if checkpoint is None else [checkpoint_network(checkpoint, data)]  # first, since it may be refused
+    networks = [trained_network(data, sizes.warm_up_steps), *given]
     measured = []
     for network in networks:
         contenders, missing = _contenders(network)

@@ -23,7 +23,7 @@ from .convergence import closed_rates, inexact_factor, solver_rate, steps_for
 from .types import Certificate, Verdict, finite_or_none
 from .wellposed import fresh_operator, perturbation
 
-__all__ = ["certify"]
+__all__ = ["Certifier", "certify"]
 
 CHUNK = 4096
 """Inputs worked on at a time."""
@@ -56,6 +56,26 @@ def certify(
         StructureError: an unsupported module, or a reference of another shape.
         InputError: inputs of the wrong shape, NaN or infinite.
     """
+    return _certify(model, reference, inputs, tol, {})
+
+
+class Certifier:
+    """:func:`certify` for many models of one reference on the same inputs: the reference is solved once.
+
+    Reference and inputs are copied, so that later changes to them cannot reach what is kept.
+    """
+
+    def __init__(self, reference: nn.Module, inputs: Tensor, tol: float = 1e-6) -> None:
+        self.reference, self.inputs, self.tol = copy.deepcopy(reference), inputs.detach().clone(), tol
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, model: nn.Module) -> Certificate:
+        return _certify(model, self.reference, self.inputs, self.tol, self._known)
+
+
+def _certify(
+    model: nn.Module, reference: nn.Module | None, inputs: Tensor | None, tol: float, known: dict[str, Tensor]
+) -> Certificate:
     if not 0 < tol < 1:
         raise OptionError(f"tol is {tol!r}; it is a factor between 0 and 1")
     layers = equilibrium_layers(model)
@@ -78,7 +98,7 @@ def certify(
         summary = replace(summary, verdict=verdict)
     elif inputs is not None and pairs is not None and _references_proved(proofs):
         assert reference is not None
-        summary, parts = _with_inputs(summary, parts, model, reference, pairs, proofs, inputs)
+        summary, parts = _with_inputs(summary, parts, model, reference, pairs, proofs, inputs, known)
     return replace(summary, layers=tuple(parts.values()) if len(parts) > 1 else ())
 
 
@@ -237,8 +257,9 @@ def _with_inputs(
     pairs: list[Pair],
     proofs: dict[str, Proofs],
     inputs: Tensor,
+    known: dict[str, Tensor],
 ) -> tuple[Certificate, dict[str, Certificate]]:
-    """Bounds per input, chunk by chunk along the chain."""
+    """Bounds per input, chunk by chunk along the chain; ``known`` keeps the reference's equilibria."""
     sides = {
         name: (
             moved.Side.of(layer, proofs[name].quantized),
@@ -255,7 +276,7 @@ def _with_inputs(
         for name, (module, other) in zip(names, pairs, strict=True):
             if isinstance(module, MonDEQ):
                 _check_width(trace.quantized, module.in_features, name)
-                trace = moved.equilibrium_trace(*sides[name], trace)
+                trace = moved.equilibrium_trace(*sides[name], trace, known, f"{name} {begin}")
                 actual = verified.row_norms(trace.quantized - trace.reference)
                 collected[name].append((trace.displacement, actual, trace.error_q + trace.error_r))
             elif isinstance(module, (nn.Linear, QuantizedLinear)):

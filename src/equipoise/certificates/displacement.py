@@ -19,14 +19,14 @@ from ..activations import Activation
 from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
-from ..solvers import PeacemanRachford, Problem, solve
+from ..solvers import PeacemanRachford, Problem, solve, tuned
 
 __all__ = ["Side", "Trace", "agreement", "equilibrium_trace", "linear_trace"]
 
 SLACK = 1 + 1e-12
 """Covers the additions and divisions of per-sample bounds, a few dozen roundings at most."""
 
-SOLVE_TOL = 1e-11
+SOLVE_TOL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,35 @@ class Side:
         norm, spread = verified.spectral_norm(U, e_U), verified.absolute_norm(U)
         return cls(wide, layer.activation, U, b, e_U, e_b, norm, spread)
 
-    def inject(self, a: Tensor) -> Tensor:
-        return a @ self.U.mT + self.b
-
-    def find(self, a: Tensor) -> Tensor:
-        """The equilibrium at inputs ``a (B, d)``, to solver tolerance."""
-        problem = Problem(self.operator, self.inject(a), self.activation)
+    def find(self, q: Tensor) -> Tensor:
+        """The equilibrium at injections ``q (B, n)``, to solver tolerance."""
+        problem = Problem(self.operator, q, self.activation)
         solver = PeacemanRachford()
         with torch.no_grad():
-            return solve(solver, problem, solver.tune(self.operator), SOLVE_TOL, "bound").value
+            return solve(solver, problem, tuned(solver, self.operator, self.activation, q), SOLVE_TOL, "bound").value
 
-    def rounding(self, w: Tensor, a: Tensor) -> Tensor:
+    def rounding(self, w: Tensor, size_a: Tensor) -> Tensor:
         """Bound ``(B,)`` on the error of the computed W w + U a + b, and on what storage leaves open."""
         n, d = self.U.shape
         gamma = verified.gamma(n + d + 8)
-        size_w, size_a = verified.row_norms(w), verified.row_norms(a)
+        size_w = verified.row_norms(w)
         products = self.operator.absolute_norm() * size_w + self.spread_U * size_a + float(self.b.norm()) * SLACK
         stored = self.operator.representation_error * size_w + self.e_U * size_a + self.e_b
         return (gamma * products + stored + verified.TINY * (n + d) ** 2) * SLACK
+
+
+class Inputs:
+    """The inputs ``a (B, d)`` of a layer, with their norms and what each side makes of them, computed once."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a, self.size = a, verified.row_norms(a)
+        self._injected: dict[int, Tensor] = {}
+
+    def through(self, side: Side) -> Tensor:
+        """U a + b."""
+        if id(side) not in self._injected:
+            self._injected[id(side)] = self.a @ side.U.mT + side.b
+        return self._injected[id(side)]
 
 
 class Trace(NamedTuple):
@@ -93,36 +104,43 @@ def start(x: Tensor) -> Trace:
     return Trace(x, x, none, none, none, none)
 
 
-def _cross(here: Side, there: Side, w: Tensor, a: Tensor, doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(p, ‖p − here's z*‖ bound, ‖p − there's z*‖ bound) for p = σ_here(W w + U a + b).
 
     ``a`` is here's computed input; ``doubt (B, 2)`` bounds its distance to here's and there's exact inputs.
     """
-    v = here.operator.apply(w) + here.inject(a)
+    v = here.operator.apply(w) + a.through(here)
     p = here.activation(v)
     evaluation = here.activation.evaluation_error(p)
     delta = verified.row_norms(evaluation) * SLACK if isinstance(evaluation, Tensor) else torch.zeros(len(p)).double()
-    r = here.rounding(w, a)
+    r = here.rounding(w, a.size)
     m_here, m_there = here.operator.margin(), there.operator.margin()
 
     # the same network: W (w − p), with p's own evaluation error
     gap = w - p
-    own = verified.row_norms(here.operator.apply(gap)) + here.rounding(gap, torch.zeros_like(a))
+    own = verified.row_norms(here.operator.apply(gap)) + here.rounding(gap, torch.zeros_like(a.size))
     own = own + verified.UNIT * here.operator.norm() * verified.row_norms(gap)
     own = own + r + here.norm_U * doubt[:, 0] + here.operator.norm() * delta
     # the other network: (W w + U a + b) − (W' p + U' a + b')
-    moved = v - (there.operator.apply(p) + there.inject(a))
-    other = verified.row_norms(moved) * SLACK + r + there.rounding(p, a)
+    moved = v - (there.operator.apply(p) + a.through(there))
+    other = verified.row_norms(moved) * SLACK + r + there.rounding(p, a.size)
     other = other + there.norm_U * doubt[:, 1] + there.operator.norm() * delta
     return p, (own / m_here + delta) * SLACK, (other / m_there + delta) * SLACK
 
 
-def equilibrium_trace(quantized: Side, reference: Side, before: Trace) -> Trace:
-    """Through one equilibrium layer; both margins must be proved positive."""
+def equilibrium_trace(quantized: Side, reference: Side, before: Trace, known: dict[str, Tensor], key: str) -> Trace:
+    """Through one equilibrium layer; both margins must be proved positive.
+
+    ``known`` keeps the reference's equilibria under ``key``: they do not depend on the quantized network.
+    """
+    a_q = Inputs(before.quantized)
+    a_r = a_q if before.reference is before.quantized else Inputs(before.reference)
+    if key not in known:
+        known[key] = reference.find(a_r.through(reference))
     at_q = torch.stack((before.error_q, before.to_reference), 1)
-    p, own_q, to_r = _cross(quantized, reference, quantized.find(before.quantized), before.quantized, at_q)
+    p, own_q, to_r = _cross(quantized, reference, quantized.find(a_q.through(quantized)), a_q, at_q)
     at_r = torch.stack((before.error_r, before.displacement + before.error_r), 1)
-    p_r, own_r, to_q = _cross(reference, quantized, reference.find(before.reference), before.reference, at_r)
+    p_r, own_r, to_q = _cross(reference, quantized, known[key], a_r, at_r)
     displacement = torch.minimum(to_r + own_q, to_q + own_r) * SLACK
     return Trace(p, p_r, own_q, own_r, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
 

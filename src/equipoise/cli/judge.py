@@ -155,6 +155,7 @@ def _write(ladder: Ladder, out: Path | None, report: Path | None, save: Path | N
             write_report(ladder, report, title, force)
     if save is not None and ladder.chosen is not None:
         chosen = ladder.evidence[ladder.chosen]
+        assert chosen.model is not None
         save_model(chosen.model, save, chosen.portable_certificate, force)
 
 

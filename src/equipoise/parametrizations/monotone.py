@@ -18,10 +18,16 @@ MARGIN_FLOOR = 1e-4
 
 def check_margin(margin: float) -> float:
     """``margin`` as a float; raises :class:`OptionError` unless it is finite and positive."""
-    value = float(margin)
+    value = float(margin) if isinstance(margin, (int, float)) or getattr(margin, "numel", int)() == 1 else math.nan
     if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"margin is {margin}; it must be a finite number above 0 (0.1 to 1 is usual)")
+        raise OptionError(f"margin is {margin!r}; it must be a finite number above 0 (0.1 to 1 is usual)")
     return value
+
+
+def _raw(margin: float) -> float:
+    """The inverse of m = softplus(raw) + floor."""
+    excess = margin - MARGIN_FLOOR
+    return excess + math.log(-math.expm1(-excess))
 
 
 class Monotone(nn.Module):
@@ -50,9 +56,7 @@ class Monotone(nn.Module):
         if learn_margin:
             if value <= MARGIN_FLOOR:
                 raise OptionError(f"a learned margin starts above its floor {MARGIN_FLOOR}, got {margin}")
-            excess = value - MARGIN_FLOOR
-            raw = excess + math.log(-math.expm1(-excess))  # the inverse of softplus
-            self.raw_margin = nn.Parameter(torch.tensor(raw, dtype=torch.get_default_dtype()))
+            self.raw_margin = nn.Parameter(torch.tensor(_raw(value), dtype=torch.get_default_dtype()))
         else:
             self.register_buffer("margin", torch.tensor(value, dtype=torch.get_default_dtype()))
 
@@ -65,7 +69,9 @@ class Monotone(nn.Module):
         with torch.no_grad():
             module.A.copy_(A)
             module.B.copy_(B)
-            if not learn_margin:
+            if learn_margin:
+                module.raw_margin.fill_(_raw(float(margin)))
+            else:
                 module.margin.fill_(float(margin))
         return module
 
@@ -105,7 +111,7 @@ class Dense(nn.Module):
         margin = verified.margin(weight.to("cpu", torch.float64))
         if margin <= 0:
             raise NotWellPosedError(
-                f"W has the margin {margin:.6g}; a structured quantizer keeps a margin only where there is one above 0. "
+                f"W has the margin {margin:.6g}; a structured quantizer keeps a margin only where there is one. "
                 "Use Compensated, which makes one",
                 margin,
             )

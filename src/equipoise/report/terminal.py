@@ -37,7 +37,7 @@ def ladder_words(ladder: Ladder) -> Text:
 
 def ladder_table(ladder: Ladder) -> Table:
     """One row per rung, in 79 columns; the chosen one is bold and has an arrow."""
-    caption = "≥ and ≤: proved. kept: class proved unchanged; moved: mean ‖z* − z̃*‖; right: accuracy."
+    caption = "≥, ≤: proved. kept: same class proved. moved: mean ‖z* − z̃*‖. right: accuracy."
     table = Table(
         box=SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left", caption_style="dim"
     )
