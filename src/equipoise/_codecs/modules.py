@@ -5,7 +5,7 @@ A new kind of module registers in ``MODULES``.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ def _stateless(module: type[nn.Module], *options: str) -> Codec:
 def _write_sequential(model: nn.Sequential, out: TensorWriter) -> dict[str, Any]:
     # named_children() would name a module that stands twice only once
     children = model._modules.items()
-    return {"modules": [{"name": k, **write_module(cast(nn.Module, m), MODULES, out.under(k))} for k, m in children]}
+    return {"modules": [{"name": k, **write_module(m, MODULES, out.under(k))} for k, m in children if m is not None]}
 
 
 def _read_sequential(fields: Fields, tensors: TensorReader) -> nn.Sequential:

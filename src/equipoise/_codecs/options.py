@@ -54,7 +54,8 @@ def read_solver(fields: Fields) -> Solver:
         raise FileFormatError(f"{fields.where}: {name} has no option {', '.join(map(ascii, sorted(unknown)))}")
     if numbers.get("on") is not None or any(type(v) not in (int, float, type(None)) for v in numbers.values()):
         raise FileFormatError(f"{fields.where}: {name} takes numbers, and on a solver; got {numbers}")
-    return SOLVERS[name](**numbers, **on)
+    options: dict[str, Any] = {**numbers, **on}
+    return SOLVERS[name](**options)
 
 
 def write_scheme(scheme: Scheme | None, where: str) -> dict[str, Any] | None:

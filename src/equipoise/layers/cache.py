@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Derived"]
+__all__ = ["Derived", "keeping"]
+
+SLICE = 2**15
+"""Entries compared at a time: more would wake a second thread, which costs more than it helps."""
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Tensors made inside are ordinary ones that may be kept, even under ``torch.inference_mode``."""
+    grad = torch.is_grad_enabled()  # leaving inference mode would switch gradients on
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    if old.dtype != new.dtype or old.device != new.device or old.shape != new.shape:
+        return False
+    if new.device.type != "cpu" or new.numel() <= SLICE or not new.is_contiguous():
+        return torch.equal(old, new)
+    pairs = zip(old.view(-1).split(SLICE), new.detach().view(-1).split(SLICE), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 class Derived:
@@ -27,10 +49,7 @@ class Derived:
         """The dict, empty if ``module``'s parameters or buffers differ from those of the last call."""
         tensors = [*module.parameters(), *module.buffers()]
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-        if versions != self._versions or not all(
-            old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
-            for old, new in zip(self._snapshot, tensors, strict=True)
-        ):
+        if versions != self._versions or not all(map(_same, self._snapshot, tensors)):
             self._snapshot = [tensor.detach().clone() for tensor in tensors]
             self._versions = versions
             self._values = {}

@@ -9,7 +9,7 @@ from .. import verified
 from ..errors import InputError
 from ..quantization.codes import QuantizedTensor
 from ..quantization.schemes import Scheme
-from .cache import Derived
+from .cache import Derived, keeping
 
 __all__ = ["QuantizedLinear", "affine64", "quantize_linear"]
 
@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
         """(W̃, b̃) in the dtype and on the device of the module, read-only."""
         kept = self._derived.of(self)
         if "dense" not in kept:
-            with torch.inference_mode(False):
+            with keeping():
                 kept["dense"] = tuple(
                     None if value is None else _values(value).to(self._like) for value in (self.weight, self.bias)
                 )

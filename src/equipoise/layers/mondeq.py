@@ -17,7 +17,7 @@ from ..parametrizations import Dense, Monotone
 from ..quantization.schemes import Scheme
 from ..solvers import PeacemanRachford, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
-from .cache import Derived
+from .cache import Derived, keeping
 from .linear import QuantizedLinear, affine64
 
 __all__ = ["MonDEQ"]
@@ -26,7 +26,7 @@ REFRESH = 50, 800
 """In training the solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move
 less and less, and a search costs as much as some twenty steps of training."""
 
-DRIFT = 0.05
+DRIFT = 0.3
 """It is searched for at once where the weights moved by this part of their norm since."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -91,6 +91,7 @@ class MonDEQ(nn.Module):
 
         ``A (r, n)``, ``B (n, n)``, ``U (n, d)``, ``b (n,)``; ``options`` as in the constructor.
         """
+        _refuse(options, "from_factors", "rank", "its number of rows is A's")
         learn_margin = options.pop("learn_margin", False)
         return cls._assemble(Monotone.from_factors(A, B, margin, learn_margin), U, b, options)
 
@@ -103,8 +104,10 @@ class MonDEQ(nn.Module):
                 ``check=False`` skips that.
             InputError: shapes that do not fit, NaN or infinite entries.
         """
-        if W.ndim != 2 or W.shape[0] != W.shape[1]:
-            raise InputError(f"W is {tuple(W.shape)}; a square matrix (n, n) is needed")
+        for option in ("rank", "margin", "learn_margin"):
+            _refuse(options, "from_weights", option, "W is taken as it is")
+        if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.is_floating_point():
+            raise InputError(f"W is {W.dtype} {tuple(W.shape)}; a square floating-point matrix (n, n) is needed")
         _check_finite(W, "W")
         if check:
             margin = verified.margin(W.detach().to("cpu", torch.float64))
@@ -164,7 +167,7 @@ class MonDEQ(nn.Module):
     @property
     def operator(self) -> DenseOperator:
         """W as an operator; constants are computed once per weights, gradients flow through its products."""
-        with torch.inference_mode(False):
+        with keeping():
             return self._operator(self._derived.of(self.recurrent))
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
@@ -288,10 +291,11 @@ class MonDEQ(nn.Module):
 
     def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
         """The operator with the solver's step for it; in training a step found some calls ago."""
-        with torch.inference_mode(False):  # what is kept must serve training as well
+        with keeping():  # what is kept must serve training as well
             kept = self._derived.of(self.recurrent)
             operator = self._operator(kept)
             if ("tuning", solver) not in kept:
+                _check_finite(operator.weight.detach(), "the recurrent weights' W")
                 known = self._tunings.get(solver)
                 reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
                 tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
@@ -323,7 +327,7 @@ class _Tuned:
     age: int = 0
 
     def serves(self, operator: DenseOperator) -> bool:
-        """Whether it is young enough and the weights moved by less than a twentieth since."""
+        """Whether it is young enough and the weights moved little since."""
         now, then = operator.weight.detach(), self.weight
         if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
             return False
@@ -349,6 +353,11 @@ def _check_solver(solver: Solver) -> Solver:
     if not isinstance(solver, Solver):
         raise OptionError(f"solver is {solver!r}; give one of equipoise's, e.g. PeacemanRachford()")
     return solver
+
+
+def _refuse(options: dict[str, Any], where: str, name: str, why: str) -> None:
+    if name in options:
+        raise OptionError(f"{where} takes no {name}: {why}")
 
 
 def _check_tol(tol: float) -> float:

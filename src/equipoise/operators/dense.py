@@ -142,7 +142,7 @@ class DenseOperator(MonotoneOperator):
         smallest = float(singular[-1]) if singular is not None else max(self.margin(), 1e-3 * largest)
         low = 1 / largest
         high = max(low, 1 / max(smallest, 1e-6 * largest))
-        coarse = 0.02 if singular is not None else 0.2
+        coarse = 0.05 if singular is not None else 0.2
         return golden_section(lambda alpha: power_norm(self._form_cayley(alpha)), low, high, coarse)
 
     def forward_norm(self, alpha: float) -> float:

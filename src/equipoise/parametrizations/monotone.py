@@ -18,7 +18,10 @@ MARGIN_FLOOR = 1e-4
 
 def check_margin(margin: float) -> float:
     """``margin`` as a float; raises :class:`OptionError` unless it is finite and positive."""
-    value = float(margin) if isinstance(margin, (int, float)) or getattr(margin, "numel", int)() == 1 else math.nan
+    try:
+        value = float(margin)
+    except (TypeError, ValueError):
+        value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise OptionError(f"margin is {margin!r}; it must be a finite number above 0 (0.1 to 1 is usual)")
     return value

@@ -132,10 +132,7 @@ def round_to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     top, values, steps = levels(bits), _real(w), _real(scale, "scale")
     if bool((steps < 0).any()):
         raise InputError(f"a scale must not be negative; got {float(steps.min())}")
-    if bits == 1:
-        codes = torch.where((values >= 0) | (steps == 0), 1.0, -1.0)
-    else:
-        codes = _nearest(values, steps, top)
+    codes = torch.where((values >= 0) | (steps == 0), 1.0, -1.0) if bits == 1 else _nearest(values, steps, top)
     return codes.to(code_dtype(bits))
 
 

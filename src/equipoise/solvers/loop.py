@@ -155,7 +155,7 @@ class Schedule(NamedTuple):
             expected = max(math.log(min(tol / tuning.lead, 0.9)) / math.log(tuning.pace), 2.0)
         expected = min(expected, MAX_STEPS / 2)
         first = solver.check_every or max(2, math.floor((0.65 if measured else 1.1) * expected))
-        every = solver.check_every or max(2, math.ceil((0.06 if measured else 0.2) * expected))
+        every = solver.check_every or max(2, math.ceil((0.08 if measured else 0.2) * expected))
         budget = MAX_STEPS // 10 if horizon is None else min(MAX_STEPS, math.ceil(3 * horizon) + 100)
         return cls(first, every, solver.max_steps or min(max(budget, 2 * first), MAX_STEPS))
 

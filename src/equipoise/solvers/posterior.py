@@ -85,6 +85,7 @@ def solve(solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: St
         found = a_posteriori(part, w)
         measure = found.truncation if stop == "bound" else found.gap
         residual = torch.where(found.gap == 0, 0.0, found.gap / found.size)
+        residual = torch.where(torch.isfinite(found.size), residual, math.inf)  # the size overflowed
         done = (measure <= tol * found.size) & torch.isfinite(found.gap + found.size)
         return Verdict(done, measure, (found.value, residual, found.error_bound, found.truncation))
 
