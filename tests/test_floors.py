@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("implicit", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
     (
         "quantize",
+        "certificates.printed",
         "certificates.types",
         "certificates.wellposed",
         "certificates.convergence",
@@ -54,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "_callbacks",
         "_lightning",
         "training",
+        "ladder",
         "plan",
         "report",
         "bench",
@@ -65,7 +67,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ROOMS: list[str] = [room for floor in FLOORS for room in floor]
 # Rooms that are packages with an inner order of their own; their modules may import each other.
-SUITES = {"_codecs", "report", "bench"}
+SUITES = {"_codecs", "report", "bench", "cli"}
 
 CORE = {"torch", "numpy", "safetensors", "rich"}
 # Heavy or optional libraries, and the only rooms that may import them.
@@ -198,9 +200,9 @@ def test_the_picture_shows_every_room(room: str) -> None:
         ("norms", "from equipoise.layers.mondeq import MonDEQ"),
         ("norms", "from .layers import mondeq"),
         ("norms", "from . import cli"),
-        ("norms", "import equipoise"),
-        ("norms", "from equipoise.verified import x"),
-        ("norms", "if True:\n    from equipoise import activations"),
+        ("verified", "import equipoise"),
+        ("errors", "from equipoise.verified import x"),
+        ("verified", "if True:\n    from equipoise import activations"),
         ("solvers.picard", "from .tseng import Tseng"),
         ("solvers.picard", "from equipoise.solvers import Tseng"),
         ("solvers.loop", "from equipoise.layers import MonDEQ"),
@@ -221,11 +223,11 @@ def test_a_broken_wall_is_seen(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "is_package", "source"),
     [
-        ("verified", False, "import math\nfrom torch import Tensor\nfrom equipoise.norms import x"),
+        ("verified", False, "import math\nfrom torch import Tensor\nfrom equipoise.errors import x"),
         ("solvers.tseng", False, "from .loop import iterate\nfrom equipoise.operators import Op"),
         ("solvers", True, "from .loop import Solution\nfrom equipoise.solvers.tseng import Tseng"),
         ("layers.mondeq", False, "from equipoise import errors\nfrom equipoise.solvers import Tseng"),
-        ("training", False, "def f():\n    import lightning"),
+        ("_lightning", False, "def f():\n    import lightning"),
         ("report.figures", False, "import jinja2\nfrom equipoise.report.tables import rows"),
         ("", True, "from equipoise.plan import plan\nfrom equipoise.layers import MonDEQ"),
         ("cli", False, "import typer\ndef f():\n    from equipoise.training import train\nimport equipoise"),

@@ -311,7 +311,7 @@ def test_from_weights_of_integers() -> None:
         ({"features": -4}, ("features is -4", "positive")),
         ({"features": True}, ("features is True",)),
         ({"activation": "gelu"}, ("'gelu'", "Softplus")),
-        ({"activation": torch.tanh}, ("unknown activation",)),
+        ({"activation": torch.nn.Tanh}, ("unknown activation",)),
         ({"solver": "newton"}, ("'newton'", "PeacemanRachford")),
         ({"solver": eq.PeacemanRachford}, ("solver is",)),
         ({"tol": 0.0}, ("tol is 0.0",)),

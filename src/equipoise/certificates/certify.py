@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import ConvergenceWarning, InputError, OptionError, StructureError
+from ..errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError, StructureError
 from ..layers.chain import chain, equilibrium_layers, final_head
 from ..layers.linear import QuantizedLinear
 from ..layers.mondeq import MonDEQ
@@ -228,7 +228,7 @@ def _observe(model: nn.Module, inputs: Tensor) -> Verdict:
     The layer's own solver first, then forward–backward with a short step: a poor step is not divergence.
     """
     for fallback in (False, True):
-        wide = copy.deepcopy(model).double().eval()
+        wide = copy.deepcopy(model).cpu().double().eval()
         for _, layer in equilibrium_layers(wide):
             layer.strict = False
             if fallback:
@@ -237,9 +237,13 @@ def _observe(model: nn.Module, inputs: Tensor) -> Verdict:
         a = inputs.double().cpu()
         for _, module in chain(wide):
             if isinstance(module, MonDEQ):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConvergenceWarning)
-                    solution = module.solve(a, tol=1e-5, stop="residual")
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", ConvergenceWarning)
+                        solution = module.solve(a, tol=1e-5, stop="residual")
+                except NotWellPosedError:  # this solver's step does not exist for these weights
+                    settled = False
+                    break
                 settled = settled and bool(solution.converged.all())
                 a = solution.value.nan_to_num(0.0, 0.0, 0.0)
             else:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .. import verified
+from ..errors import NotWellPosedError
 from ..operators import DenseOperator
 from ..solvers import (
     DouglasRachford,
@@ -42,14 +43,17 @@ def _below_one(rate: float) -> float | None:
     return bound if bound < 1 else None
 
 
-def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float, float | None]:
+def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, float | None]:
     """(α, ρ): the step the solver takes on this operator and a proved bound ρ < 1 of its factor, or None.
 
     Peaceman–Rachford ‖C_α‖₂, Douglas–Rachford (1 + ‖C_α‖₂)/2, forward–backward ‖(1 − α) I + αW‖₂, Picard
     1 − α + α‖W‖₂ for α <= 1, Tseng √(1 − pq/(p + q)) with p = 1 − α²L², q = 2αm (from its descent inequality
     and strong monotonicity). Nothing is proved of Anderson and Broyden.
     """
-    alpha = solver.tune(operator).alpha
+    try:
+        alpha = solver.tune(operator).alpha
+    except NotWellPosedError:  # I + α(I − W) is singular at the step: there is no such iteration
+        return None, None
     matrix, error = operator.matrix64()
     rate: float | None = None
     if isinstance(solver, (PeacemanRachford, DouglasRachford)):

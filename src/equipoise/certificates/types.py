@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .printed import MISSING, at_least, at_most, number
+
 __all__ = ["ARITHMETIC", "Certificate", "Verdict"]
 
 Verdict = Literal["certified", "converged", "diverged", "unknown"]
@@ -51,7 +53,7 @@ class Certificate:
     condition: float | None
     weight_condition: float | None
     solver: str
-    alpha: float
+    alpha: float | None
     rate: float | None
     steps: int | None
     tolerance: float
@@ -79,25 +81,29 @@ class Certificate:
 
     def summary(self) -> list[tuple[str, str]]:
         """Rows (what, value) in reading order, without what does not apply."""
+        step = "" if self.alpha is None else f" (α = {number(self.alpha)})"
         rows: list[tuple[str, str]] = [
             ("verdict", self.verdict),
-            ("margin, at least", f"{self.margin:.6g}"),
-            ("Lipschitz constant, at most", f"{self.lipschitz:.6g}"),
-            ("condition number, at most", _number(self.condition)),
-            (f"rate of {self.solver} (α = {self.alpha:.4g}), at most", _number(self.rate)),
-            (f"steps to shrink the error by {self.tolerance:g}, at most", _number(self.steps)),
-            ("‖ΔW‖₂, at most", _number(self.delta_norm)),
-            ("relative displacement, at most", _number(self.relative_bound)),
+            ("margin, at least", at_least(self.margin, 6)),
+            ("Lipschitz constant, at most", at_most(self.lipschitz, 6)),
+            ("condition number, at most", at_most(self.condition, 6)),
+            (f"rate of {self.solver}{step}, at most", at_most(self.rate, 6)),
+            (
+                f"steps to shrink the error by {self.tolerance:g}, at most",
+                MISSING if self.steps is None else str(self.steps),
+            ),
+            ("‖ΔW‖₂, at most", at_most(self.delta_norm, 6)),
+            ("relative displacement, at most", at_most(self.relative_bound)),
         ]
         if self.displacement is not None and len(self.displacement):
-            rows.append(("displacement, mean of the proved bounds", f"{float(self.displacement.mean()):.4g}"))
-            rows.append(("displacement, largest proved bound", f"{float(self.displacement.max()):.4g}"))
+            rows.append(("displacement, mean of the proved bounds", at_most(float(self.displacement.mean()))))
+            rows.append(("displacement, largest proved bound", at_most(float(self.displacement.max()))))
         if self.actual_displacement is not None and len(self.actual_displacement):
-            rows.append(("displacement, mean as measured", f"{float(self.actual_displacement.mean()):.4g}"))
+            rows.append(("displacement, mean as measured", number(float(self.actual_displacement.mean()))))
         if self.agreement is not None:
-            rows.append(("class proved unchanged", f"{100 * self.agreement:.2f} % of inputs"))
+            rows.append(("class proved unchanged", f"{at_least(100 * self.agreement)} % of inputs"))
         rows.append(("arithmetic", self.arithmetic))
-        return [row for row in rows if row[1] != ""]
+        return [row for row in rows if row[1] != MISSING]
 
     def __str__(self) -> str:
         rows = self.summary()
@@ -106,10 +112,6 @@ class Certificate:
 
     def __repr__(self) -> str:
         return f"Certificate({self.verdict}, margin={self.margin:.6g}, lipschitz={self.lipschitz:.6g})"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
 
 
 def _plain(value: Any) -> Any:

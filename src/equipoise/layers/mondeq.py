@@ -26,6 +26,9 @@ REFRESH = 50, 800
 """In training the solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move
 less and less, and a search costs as much as some twenty steps of training."""
 
+NEAR = 1e-3
+"""A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
+
 DRIFT = 0.3
 """It is searched for at once where the weights moved by this part of their norm since."""
 
@@ -231,7 +234,7 @@ class MonDEQ(nn.Module):
         Args:
             x: ``(B, d)``.
             solver: default the layer's own.
-            tol: relative to ‖value‖.
+            tol: relative to ‖value‖. What float32 cannot resolve is finished in float64 and rounded.
             stop: ``"bound"`` until the truncation part of the a-posteriori bound is at most tol · ‖value‖ (no
                 sample counts as converged where no margin is proved), ``"residual"`` until ‖w − p‖ is.
             strict: raise :class:`ConvergenceError` instead of warning where a sample does not converge.
@@ -248,8 +251,32 @@ class MonDEQ(nn.Module):
                 none = q.new_zeros(0, dtype=torch.float64)
                 return Solution(q, none.bool(), none.long(), none, none, none)
             solution = solve(solver, problem, tuning, tol, stop)
+            if q.dtype == torch.float32 and solver.max_steps is None:
+                solution = self._finish_wide(x, solver, operator, tol, stop, solution)
         report_failures(solution.converged, solution.value, strict, "solve", _reached(solution, tol, stop))
         return solution
+
+    def _finish_wide(
+        self, x: Tensor, solver: Solver, operator: DenseOperator, tol: float, stop: Stop, found: Solution
+    ) -> Solution:
+        """The samples that float32 brought near but not to the tolerance, solved again in float64 and rounded."""
+        size = torch.linalg.vector_norm(found.value, dim=1)
+        near = (found.truncation if stop == "bound" else found.residual * size) <= NEAR * size
+        rows = (near & ~found.converged).nonzero()[:, 0]
+        if not len(rows):
+            return found
+        exact, error = operator.matrix64()
+        wide = DenseOperator(exact.to(x.device), exact=(exact, error), derived=operator.shared_proofs())
+        U, b = (t.detach().double() for t in self._affine())
+        q = nn.functional.linear(x[rows].double(), U, b)
+        problem = Problem(wide, q, self.activation, self._injection_error(x[rows].double(), torch.float64))
+        again = solve(solver, problem, tuned(solver, wide, self.activation, q), tol / 2, stop)
+        value = again.value.to(found.value)
+        slip = torch.linalg.vector_norm(value.double() - again.value, dim=1) * (1 + 1e-9)
+        bound, steps = again.error_bound + slip, again.steps + found.steps[rows]
+        columns = value, again.converged, steps, again.residual, bound, again.truncation
+        pairs = zip(found.columns(), columns, strict=True)
+        return Solution(*(old.index_copy(0, rows, new.to(old)) for old, new in pairs))
 
     def _inject(self, x: Tensor) -> Tensor:
         """q = U x + b ``(B, n)`` after checking x."""
@@ -274,7 +301,7 @@ class MonDEQ(nn.Module):
             )
         return q
 
-    def _injection_error(self, x: Tensor) -> Tensor:
+    def _injection_error(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A bound ``(B,)`` on ‖fl(U x + b) − (U x + b)‖₂ in the layer's arithmetic, storage error included."""
         kept = self._derived_injection.of(self.injection)
         if "norms" not in kept:
@@ -282,7 +309,7 @@ class MonDEQ(nn.Module):
             U, b, e_U, e_b = affine64(self.injection)
             kept["norms"] = verified.absolute_norm(U), float(b.abs().norm()) * (1 + 1e-12), e_U, e_b
         spread, offset, e_U, e_b = kept["norms"]
-        dtype = self._affine()[1].dtype
+        dtype = dtype or self._affine()[1].dtype
         info = torch.finfo(dtype)
         gamma = verified.gamma(2 * self.in_features + 8) * (info.eps / 2 / verified.UNIT)
         size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)

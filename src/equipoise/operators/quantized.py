@@ -136,11 +136,11 @@ class CompensatedWeight(QuantizedWeight):
         W = _weight64(weights)
         codes = QuantizedTensor.fit(_off_diagonal(W), scheme.bits, scheme.granularity, scheme.scale)
         diagonal = W.diagonal().clone()
-        lowering = 0.0
+        lowering, like = 0.0, weights().detach()
         for _ in range(64):
             stored = _round_down(diagonal - lowering, scheme.diagonal_bits)
             module = cls(codes, stored)
-            found = verified.margin(*module.assemble())
+            found = module.operator(like).margin()  # of the codes, and of what the layer multiplies by
             if found >= scheme.margin:
                 return module
             lowering += (scheme.margin - found) * (1 + 1e-9) + verified.TINY

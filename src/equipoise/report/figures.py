@@ -62,7 +62,7 @@ def _margin(ladder: Ladder) -> Figure | None:
             say(axes, 0.015, 0.03, "not certified", "bad", transform=axes.transAxes)
         axes.axhline(0, color=COLOURS["bad"], lw=1.2)
         if float_margin is not None:
-            level(axes, float_margin, f"float {at_least(float_margin, 3)}")
+            level(axes, float_margin, f"float {at_least(float_margin)}")
         _lines(axes, ladder, lambda rung: rung.margin)
         for rung in hidden:
             axes.plot(rung.bits, floor, "v", color=colour(rung.scheme), ms=7, clip_on=False, zorder=6, mew=0)

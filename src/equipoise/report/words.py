@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
+from ..certificates.printed import MISSING, at_least, at_most, number
 from ..ladder import Evidence, Ladder, Requirements, Rung
 
 __all__ = [
@@ -29,40 +29,12 @@ __all__ = [
     "summary",
 ]
 
-MISSING = "–"
 VERDICTS = {
     "certified": "A positive margin is proved: every input has exactly one equilibrium, and the solver reaches it.",
     "converged": "Nothing is proved, yet every given input settled. Another input may not.",
     "diverged": "Nothing is proved, and some of the given inputs did not settle.",
     "unknown": "Nothing is proved, and nothing was tried.",
 }
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """``digits`` significant digits, rounded to the nearest, with a true minus sign."""
-    return _rounded(value, digits, ROUND_HALF_EVEN)
-
-
-def at_least(value: float | None, digits: int = 4) -> str:
-    """A proved lower bound, rounded down: what is printed is proved as well."""
-    return _rounded(value, digits, ROUND_FLOOR)
-
-
-def at_most(value: float | None, digits: int = 4) -> str:
-    """A proved upper bound, rounded up."""
-    return _rounded(value, digits, ROUND_CEILING)
-
-
-def _rounded(value: float | None, digits: int, rounding: str) -> str:
-    if value is None:
-        return MISSING
-    exact = Decimal(value)
-    places = max(digits - 1 - exact.adjusted(), 0) if exact else 0
-    kept = exact.quantize(Decimal(1).scaleb(-places), rounding=rounding)
-    text = f"{kept:,f}" if places < 10 else f"{kept:.{digits - 1}e}"
-    if "." in text and "e" not in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.replace("-", "−")
 
 
 def percent(share: float | None) -> str:

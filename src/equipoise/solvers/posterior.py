@@ -35,6 +35,10 @@ class Solution:
     error_bound: Tensor
     truncation: Tensor
 
+    def columns(self) -> tuple[Tensor, ...]:
+        """All fields in order."""
+        return self.value, self.converged, self.steps, self.residual, self.error_bound, self.truncation
+
 
 class Posterior(NamedTuple):
     """p ``(B, n)``; bound and its truncation part ``(B,)`` float64; ‖w − p‖ and ‖p‖ ``(B,)`` float64."""
