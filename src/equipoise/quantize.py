@@ -24,32 +24,41 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
 
     Raises:
         OptionError: an unknown scheme.
-        StructureError: a module that cannot be quantized, by name, or a model quantized already.
+        StructureError: a module that cannot be quantized, by name; a model quantized already; ``head_bits`` for a
+            model that does not end in one linear module.
         NotWellPosedError: a scheme that needs a margin, on weights that have none.
     """
     if not isinstance(scheme, Scheme):
         raise OptionError(f"scheme is {scheme!r}; give one such as equipoise.Structured(bits=2)")
     result = copy.deepcopy(model)
-    layers = equilibrium_layers(result)
-    for name, layer in layers:
+    layers, head = equilibrium_layers(result), final_head(result)
+    if scheme.head_bits is not None and head is None:
+        raise StructureError(
+            f"head_bits is {scheme.head_bits}, but no single linear module follows the last equilibrium layer and ends "
+            "the model; leave head_bits out"
+        )
+    for name, layer in {id(layer): (name, layer) for name, layer in layers}.values():  # one may appear twice
         if isinstance(layer.recurrent, QuantizedWeight) or isinstance(layer.injection, QuantizedLinear):
             raise StructureError(f"layer {name!r} is quantized already; quantize the float model it came from")
         assert isinstance(layer.injection, nn.Linear)
         layer.recurrent = quantize_weight(layer.recurrent, scheme).to(layer.injection.weight.device)
         layer.injection = quantize_linear(layer.injection, scheme, scheme.input_bits, scheme.bias_bits)
         layer.scheme = scheme
-    head = final_head(result)
     if scheme.head_bits is not None and head is not None:
         parent, _, leaf = head.rpartition(".")
         module = result.get_submodule(head)
-        assert isinstance(module, nn.Linear)
+        if not isinstance(module, nn.Linear):
+            raise StructureError(f"the head {head!r} is quantized already; quantize the float model it came from")
         setattr(result.get_submodule(parent), leaf, quantize_linear(module, scheme, scheme.head_bits, None))
     return result
 
 
 def size(model: nn.Module) -> int:
-    """Bytes of ``model`` when packed: codes at their bits, scales and float parts at their own width."""
-    return sum(_packed(module) for _, module in chain(model))
+    """Bytes of ``model`` when packed: codes at their bits, scales and float parts at their own width.
+
+    A module that appears twice in a chain counts once.
+    """
+    return sum(_packed(module) for module in {id(module): module for _, module in chain(model)}.values())
 
 
 def _packed(module: nn.Module) -> int:

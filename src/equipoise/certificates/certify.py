@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError, StructureError
+from ..errors import InputError, OptionError, StructureError
 from ..layers.chain import chain, equilibrium_layers, final_head
-from ..layers.linear import QuantizedLinear
+from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
 from ..quantization.schemes import scheme_to_dict
-from ..solvers import ForwardBackward
 from . import displacement as moved
 from .convergence import closed_rates, inexact_factor, solver_rate, steps_for
-from .types import Certificate, Verdict, finite_or_none
-from .wellposed import fresh_operator, perturbation
+from .types import Certificate, Verdict, finite_or_none, weakest
+from .wellposed import fresh_operator, observe, perturbation
 
 __all__ = ["Certifier", "certify"]
 
@@ -54,7 +52,7 @@ def certify(
 
     Raises:
         StructureError: an unsupported module, or a reference of another shape.
-        InputError: inputs of the wrong shape, NaN or infinite.
+        InputError: inputs of the wrong shape, NaN or infinite; a layer that is neither float32 nor float64.
     """
     return _certify(model, reference, inputs, tol, {})
 
@@ -79,7 +77,13 @@ def _certify(
     if not 0 < tol < 1:
         raise OptionError(f"tol is {tol!r}; it is a factor between 0 and 1")
     layers = equilibrium_layers(model)
+    for name, layer in layers:
+        if layer.bias.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"layer {name!r} is {layer.bias.dtype}; float32 or float64 is needed: model.float()")
+    if inputs is not None:
+        _check_inputs(model, inputs)
     pairs = None if reference is None else _match(model, reference)
+    fed_alike = {} if pairs is None else _fed_alike(model, pairs)
     proofs = {
         name: Proofs(
             fresh_operator(layer),
@@ -88,12 +92,11 @@ def _certify(
         for name, layer in layers
     }
     parts = {name: _layer_certificate(layer, proofs[name], reference, name, tol) for name, layer in layers}
-    if inputs is not None:
-        _check_inputs(model, inputs)
+    parts = {n: part if fed_alike.get(n) else replace(part, relative_bound=None) for n, part in parts.items()}
     proved = all(part.certified for part in parts.values())
-    summary = _weakest(tuple(parts.values()))
+    summary = weakest(tuple(parts.values()))
     if not proved:
-        verdict: Verdict = "unknown" if inputs is None else _observe(model, inputs)
+        verdict: Verdict = "unknown" if inputs is None else observe(model, inputs)
         parts = {n: part if part.certified else replace(part, verdict=verdict) for n, part in parts.items()}
         summary = replace(summary, verdict=verdict)
     elif inputs is not None and pairs is not None and _references_proved(proofs):
@@ -113,8 +116,8 @@ def _layer_certificate(
     found = Certificate(
         certified=certified,
         verdict="certified" if certified else "unknown",
-        margin=margin,
-        lipschitz=lipschitz,
+        margin=finite_or_none(margin),
+        lipschitz=finite_or_none(lipschitz),
         condition=finite_or_none(verified.up(lipschitz / margin)) if certified else None,
         weight_condition=finite_or_none(verified.up(operator.norm() / margin)) if certified else None,
         solver=type(layer.solver).__name__,
@@ -141,41 +144,29 @@ def _layer_certificate(
 
 def _relative(layer: MonDEQ, reference: MonDEQ, delta_norm: float, margin: float) -> float | None:
     """C3: δ/(1 − δ) with δ = ‖ΔW‖₂/m < 1, where U and b are unchanged."""
-    unchanged = torch.equal(layer.input_weight, reference.input_weight) and torch.equal(layer.bias, reference.bias)
-    if not unchanged or margin <= 0:
+    if not _same_affine(layer.injection, reference.injection) or margin <= 0:
         return None
     delta = verified.up(delta_norm / margin)
     return verified.up(delta / verified.down(1 - delta)) if delta < 1 else None
 
 
-def _weakest(parts: tuple[Certificate, ...]) -> Certificate:
-    """The summary of several layers: each figure the weakest, None where one layer has none."""
-    if len(parts) == 1:
-        return parts[0]
-    weakest = min(parts, key=lambda part: part.margin)
-    slowest = max(parts, key=lambda part: 2.0 if part.rate is None else part.rate)
+def _same_affine(linear: nn.Module, other: nn.Module) -> bool:
+    """Whether both stand for the same map exactly, as stored and as multiplied by."""
+    assert isinstance(linear, (nn.Linear, QuantizedLinear))
+    assert isinstance(other, (nn.Linear, QuantizedLinear))
+    (U, b, *errors), (V, c, *others) = affine64(linear), affine64(other)
+    return torch.equal(U, V) and torch.equal(b, c) and not any((*errors, *others))
 
-    def largest(name: str) -> float | None:
-        values = [getattr(part, name) for part in parts]
-        return None if any(value is None for value in values) else max(values)
 
-    return replace(
-        weakest,
-        certified=all(part.certified for part in parts),
-        verdict=weakest.verdict,
-        lipschitz=max(part.lipschitz for part in parts),
-        condition=largest("condition"),
-        weight_condition=largest("weight_condition"),
-        solver=slowest.solver,
-        alpha=slowest.alpha,
-        rate=slowest.rate,
-        steps=slowest.steps,
-        inexact=slowest.inexact,
-        delta_norm=largest("delta_norm"),
-        sufficient=None if weakest.sufficient is None else all(part.sufficient for part in parts),
-        predeployment=None if weakest.predeployment is None else all(part.predeployment for part in parts),
-        relative_bound=largest("relative_bound") if len(parts) == 1 else None,
-    )
+def _fed_alike(model: nn.Module, pairs: list[Pair]) -> dict[str, bool]:
+    """For each layer whether both networks surely give it the same input: nothing before it was changed."""
+    found, alike = {}, True
+    for (name, module), (_, other) in zip(chain(model), pairs, strict=True):
+        if isinstance(module, MonDEQ):
+            found[name], alike = alike, False
+        elif isinstance(module, (nn.Linear, QuantizedLinear)):
+            alike = alike and _same_affine(module, other)
+    return found
 
 
 def _counterpart(reference: nn.Module, name: str) -> MonDEQ:
@@ -187,8 +178,9 @@ def _counterpart(reference: nn.Module, name: str) -> MonDEQ:
 def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
     """Modules of both models side by side; raises :class:`StructureError` where they differ."""
     ours, theirs = chain(model), chain(reference)
-    if [name for name, _ in ours] != [name for name, _ in theirs]:
-        raise StructureError(f"the model has {len(ours)} modules, the reference {len(theirs)}: not the same network")
+    names, others = [name for name, _ in ours], [name for name, _ in theirs]
+    if names != others:
+        raise StructureError(f"the model has the modules {names}, the reference {others}: not the same network")
     for (name, module), (_, other) in zip(ours, theirs, strict=True):
         here, there = _shape(module), _shape(other)
         if here != there:
@@ -203,7 +195,9 @@ def _shape(module: nn.Module) -> str:
         return f"an equilibrium layer {module.in_features} -> {module.features}"
     if isinstance(module, (nn.Linear, QuantizedLinear)):
         return f"a linear module {module.in_features} -> {module.out_features}"
-    return type(module).__name__
+    idle = ("p", "inplace") if isinstance(module, nn.Dropout) else ("inplace",)  # what evaluation does not use
+    settings = [name for name in getattr(module, "__constants__", ()) if name not in idle]
+    return f"{type(module).__name__}({', '.join(f'{name}={getattr(module, name)}' for name in settings)})"
 
 
 def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
@@ -213,44 +207,21 @@ def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     bad = int((~torch.isfinite(inputs)).sum())
     if bad:
         raise InputError(f"inputs hold {bad} NaN or infinite entries; nothing is proved about those")
-    if isinstance(model, MonDEQ) and inputs.ndim != 2:
-        raise InputError(f"inputs are {tuple(inputs.shape)}; the layer takes (batch, {model.in_features})")
+    probe = torch.zeros(2, *inputs.shape[1:], dtype=torch.float64, device="cpu")
+    for name, module in chain(model):
+        shape = (len(inputs), *probe.shape[1:])
+        if isinstance(module, (MonDEQ, nn.Linear, QuantizedLinear)):
+            if probe.ndim != 2 or probe.shape[1] != module.in_features:
+                raise InputError(f"module {name!r} takes (batch, {module.in_features}); the inputs give it {shape}")
+            probe = probe.new_zeros(2, module.features if isinstance(module, MonDEQ) else module.out_features)
+        else:
+            probe = moved.evaluated(module, probe)
+            if probe.ndim < 2 or len(probe) != 2:
+                raise InputError(f"module {name!r} does not keep the samples of inputs {tuple(inputs.shape)} apart")
 
 
 def _references_proved(proofs: dict[str, Proofs]) -> bool:
     return all(pair.reference is not None and pair.reference.margin() > 0 for pair in proofs.values())
-
-
-@torch.no_grad()
-def _observe(model: nn.Module, inputs: Tensor) -> Verdict:
-    """Whether some solver settles on every input: an observation about these inputs, in float64.
-
-    The layer's own solver first, then forward–backward with a short step: a poor step is not divergence.
-    """
-    for fallback in (False, True):
-        wide = copy.deepcopy(model).cpu().double().eval()
-        for _, layer in equilibrium_layers(wide):
-            layer.strict = False
-            if fallback:
-                layer.solver = ForwardBackward(max_steps=2000)
-        settled = True
-        a = inputs.double().cpu()
-        for _, module in chain(wide):
-            if isinstance(module, MonDEQ):
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", ConvergenceWarning)
-                        solution = module.solve(a, tol=1e-5, stop="residual")
-                except NotWellPosedError:  # this solver's step does not exist for these weights
-                    settled = False
-                    break
-                settled = settled and bool(solution.converged.all())
-                a = solution.value.nan_to_num(0.0, 0.0, 0.0)
-            else:
-                a = module(a)
-        if settled:
-            return "converged"
-    return "diverged"
 
 
 def _with_inputs(
@@ -279,13 +250,12 @@ def _with_inputs(
         trace = moved.start(inputs[begin : begin + CHUNK].detach().to("cpu", torch.float64))
         for name, (module, other) in zip(names, pairs, strict=True):
             if isinstance(module, MonDEQ):
-                _check_width(trace.quantized, module.in_features, name)
                 trace = moved.equilibrium_trace(*sides[name], trace, known, f"{name} {begin}")
                 actual = verified.row_norms(trace.quantized - trace.reference)
-                collected[name].append((trace.displacement, actual, trace.error_q + trace.error_r))
+                error = (trace.error_q + trace.error_r) * moved.SLACK + actual * 1e-12
+                collected[name].append((trace.displacement, actual, error))
             elif isinstance(module, (nn.Linear, QuantizedLinear)):
                 assert isinstance(other, (nn.Linear, QuantizedLinear))
-                _check_width(trace.quantized, module.in_features, name)
                 if name == head:
                     agreed.append(moved.agreement(module, other, trace))
                 trace = moved.linear_trace(module, other, trace)
@@ -309,8 +279,3 @@ def _attach(part: Certificate, columns: tuple[Tensor, ...]) -> Certificate:
 def _required(operator: DenseOperator | None) -> DenseOperator:
     assert operator is not None
     return operator
-
-
-def _check_width(a: Tensor, features: int, name: str) -> None:
-    if a.ndim != 2 or a.shape[1] != features:
-        raise InputError(f"module {name!r} takes (batch, {features}); the inputs give it {tuple(a.shape)}")

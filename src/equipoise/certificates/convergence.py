@@ -7,7 +7,7 @@ import math
 import torch
 
 from .. import verified
-from ..errors import NotWellPosedError
+from ..errors import NotWellPosedError, OptionError
 from ..operators import DenseOperator
 from ..solvers import (
     DouglasRachford,
@@ -34,7 +34,7 @@ def closed_rates(margin: float, lipschitz: float) -> dict[str, float | None]:
     if not margin > 0:
         return dict.fromkeys(names)
     kappa = max(lipschitz / margin, 1.0) * SLACK
-    rates = _below_one(math.sqrt(1 - 1 / kappa**2)), _below_one(math.sqrt((kappa - 1) / (kappa + 1)))
+    rates = _below_one(math.sqrt(1 - (1 / kappa) ** 2)), _below_one(math.sqrt((kappa - 1) / (kappa + 1)))
     return dict(zip(names, (*rates, None if rates[1] is None else _below_one((1 + rates[1]) / 2)), strict=True))
 
 
@@ -52,17 +52,20 @@ def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, 
     """
     try:
         alpha = solver.tune(operator).alpha
-    except NotWellPosedError:  # I + α(I − W) is singular at the step: there is no such iteration
-        return None, None
+    except (NotWellPosedError, OptionError):  # I + α(I − W) is singular, or α too long a step for these weights
+        return solver.alpha, None
     matrix, error = operator.matrix64()
     rate: float | None = None
     if isinstance(solver, (PeacemanRachford, DouglasRachford)):
         if operator.stored_cayley is not None and operator.stored_cayley[0] == alpha:
-            rate = verified.spectral_norm(operator.stored_cayley[1])
+            C = operator.stored_cayley[1]  # code times scale, rounded
+            rate = verified.spectral_norm(C, verified.UNIT * verified.absolute_norm(C))
         else:
             rate = verified.cayley_norm(matrix, alpha, error)
         if rate is not None and isinstance(solver, DouglasRachford):
             rate = verified.up((1 + rate) / 2)
+    elif error == math.inf:
+        pass  # no matrix is known
     elif isinstance(solver, ForwardBackward):
         step = alpha * matrix + (1 - alpha) * torch.eye(operator.features, dtype=torch.float64)
         forming = 4 * verified.UNIT * (alpha * operator.absolute_norm() + abs(1 - alpha)) * SLACK

@@ -8,6 +8,7 @@ chain of modules the bounds of one layer are the input perturbations of the next
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
 from ..solvers import PeacemanRachford, Problem, solve, tuned
 
-__all__ = ["Side", "Trace", "agreement", "equilibrium_trace", "linear_trace"]
+__all__ = ["Side", "Trace", "agreement", "equilibrium_trace", "evaluated", "linear_trace", "lipschitz_one_trace"]
 
 SLACK = 1 + 1e-12
 """Covers the additions and divisions of per-sample bounds, a few dozen roundings at most."""
@@ -54,6 +55,8 @@ class Side:
 
     def find(self, q: Tensor) -> Tensor:
         """The equilibrium at injections ``q (B, n)``, to solver tolerance."""
+        if not len(q):
+            return q
         problem = Problem(self.operator, q, self.activation)
         solver = PeacemanRachford()
         with torch.no_grad():
@@ -100,7 +103,7 @@ class Trace(NamedTuple):
 
 def start(x: Tensor) -> Trace:
     """Both networks see the same exact inputs ``x (B, d)``."""
-    none = torch.zeros(len(x), dtype=torch.float64)
+    none = x.new_zeros(len(x))
     return Trace(x, x, none, none, none, none)
 
 
@@ -112,7 +115,7 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
     v = here.operator.apply(w) + a.through(here)
     p = here.activation(v)
     evaluation = here.activation.evaluation_error(p)
-    delta = verified.row_norms(evaluation) * SLACK if isinstance(evaluation, Tensor) else torch.zeros(len(p)).double()
+    delta = verified.row_norms(evaluation) * SLACK if isinstance(evaluation, Tensor) else p.new_zeros(len(p))
     r = here.rounding(w, a.size)
     m_here, m_there = here.operator.margin(), there.operator.margin()
 
@@ -121,9 +124,9 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
     own = verified.row_norms(here.operator.apply(gap)) + here.rounding(gap, torch.zeros_like(a.size))
     own = own + verified.UNIT * here.operator.norm() * verified.row_norms(gap)
     own = own + r + here.norm_U * doubt[:, 0] + here.operator.norm() * delta
-    # the other network: (W w + U a + b) − (W' p + U' a + b')
+    # the other network: v − (W' p + U' a + b'), for v as it was computed
     moved = v - (there.operator.apply(p) + a.through(there))
-    other = verified.row_norms(moved) * SLACK + r + there.rounding(p, a.size)
+    other = verified.row_norms(moved) * SLACK + there.rounding(p, a.size)
     other = other + there.norm_U * doubt[:, 1] + there.operator.norm() * delta
     return p, (own / m_here + delta) * SLACK, (other / m_there + delta) * SLACK
 
@@ -153,8 +156,9 @@ def linear_trace(
     out_q, out_r = before.quantized @ V.mT + c, before.reference @ R.mT + s
     size_q, size_r = verified.row_norms(before.quantized), verified.row_norms(before.reference)
     gamma = verified.gamma(V.shape[1] + 8)
-    round_q = gamma * (verified.absolute_norm(V) * size_q + float(c.norm())) + e_V * size_q + e_c
-    round_r = gamma * (verified.absolute_norm(R) * size_r + float(s.norm())) + e_R * size_r + e_s
+    lost = verified.TINY * 4 * (V.numel() + 1)  # what underflow can cost
+    round_q = gamma * (verified.absolute_norm(V) * size_q + float(c.norm())) + e_V * size_q + e_c + lost
+    round_r = gamma * (verified.absolute_norm(R) * size_r + float(s.norm())) + e_R * size_r + e_s + lost
     norm_V, norm_R = verified.spectral_norm(V, e_V), verified.spectral_norm(R, e_R)
     # (V a_q + c) − (R a_r + s) = R (a_q − a_r) + (V − R) a_q + (c − s), a_q the computed point
     change = verified.row_norms(before.quantized @ (V - R).mT + (c - s)) + 2 * (round_q + round_r)
@@ -167,15 +171,40 @@ def linear_trace(
     return Trace(out_q, out_r, error_q, (norm_R * before.error_r + round_r) * SLACK, displacement, to_reference)
 
 
+def evaluated(module: nn.Module, a: Tensor) -> Tensor:
+    """The module's output in evaluation, whatever its mode: dropout passes, nothing is written into ``a``."""
+    return a if isinstance(module, nn.Dropout) else module(a.clone())
+
+
+def softplus_fall(module: nn.Module) -> float:
+    """How far an entry of the output falls where torch's softplus turns into the identity; 0 of other modules.
+
+    Beyond β v = threshold it returns v, which is log(1 + e^{−βv})/β too little: 2e-9 for the defaults, 0.3 for a
+    threshold of 1. It is 1-Lipschitz only up to that.
+    """
+    if not isinstance(module, nn.Softplus):
+        return 0.0
+    fall = float(torch.tensor(-module.threshold, dtype=torch.float64).logaddexp(torch.zeros(()).double()))
+    return fall / abs(module.beta) * SLACK if module.beta else math.inf
+
+
 def lipschitz_one_trace(module: nn.Module, before: Trace) -> Trace:
-    """Through a 1-Lipschitz module without weights, evaluated with at most 8 ulps of error."""
-    outs = module(before.quantized), module(before.reference)
-    slip_q, slip_r = (16 * verified.UNIT * verified.row_norms(out.flatten(1)) + verified.TINY * 64 for out in outs)
+    """Through a module without weights that is 1-Lipschitz, with few ulps of error; dropout is off."""
+    if isinstance(module, (nn.Dropout, nn.Flatten, nn.Identity)):  # nothing is computed
+        same = before.reference is before.quantized
+        out = evaluated(module, before.quantized)
+        return before._replace(quantized=out, reference=out if same else evaluated(module, before.reference))
+    outs = evaluated(module, before.quantized), evaluated(module, before.reference)
+    fall = softplus_fall(module) * math.sqrt(outs[0][:1].numel()) * SLACK
+    ulps = 2048 if isinstance(module, nn.Softplus) else 16  # e^{βv} magnifies the rounding of βv
+    slip_q, slip_r = (
+        ulps * verified.UNIT * verified.row_norms(out.flatten(1)) + verified.TINY * 64 + fall for out in outs
+    )
     return Trace(
         *outs,
         (before.error_q + slip_q) * SLACK,
         (before.error_r + slip_r) * SLACK,
-        before.displacement,
+        (before.displacement + fall) * SLACK,
         (before.to_reference + slip_q) * SLACK,
     )
 
@@ -199,15 +228,17 @@ def _scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:
 def _settled(head: nn.Linear | QuantizedLinear, p: Tensor, top: Tensor, bound: Tensor) -> Tensor:
     """Rows where class ``top`` wins at every point within ``bound`` of p, rounding included."""
     V, c, e_V, e_c = affine64(head)
-    classes, k = V.shape
+    k = V.shape[1]
     scores = p @ V.mT + c
     gaps = scores.gather(1, top[:, None]) - scores
-    pairs = (V[:, None, :] - V[None, :, :]).reshape(-1, k)
     # ‖V_i − V_j‖: one rounding an entry, and storage leaves each row open by e_V
-    widths = (verified.row_norms(pairs) * SLACK + 2 * e_V).reshape(classes, classes)
+    widths = torch.empty_like(gaps)
+    for i in top.unique().tolist():
+        widths[top == i] = verified.row_norms(V[i] - V) * SLACK + 2 * e_V
     size = verified.row_norms(p)
     weight = verified.row_norms(V).max() + verified.row_norms(c[None]).max()
     rounding = 4 * verified.gamma(k + 4) * weight * (size + 1) + 2 * e_V * size + 2 * e_c
-    needed = (widths[top] * bound[:, None] + rounding[:, None]) * SLACK
+    rounding = rounding + verified.TINY * 8 * (k + 1)
+    needed = (widths * bound[:, None] + rounding[:, None]) * SLACK
     others = torch.ones_like(gaps, dtype=torch.bool).scatter_(1, top[:, None], False)
     return ((gaps > needed) | ~others).all(1)

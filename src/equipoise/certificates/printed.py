@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 
 __all__ = ["MISSING", "at_least", "at_most", "number"]
 
@@ -25,12 +26,14 @@ def at_most(value: float | None, digits: int = 4) -> str:
 
 
 def _rounded(value: float | None, digits: int, rounding: str) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return MISSING
     exact = Decimal(value)
     places = max(digits - 1 - exact.adjusted(), 0) if exact else 0
-    kept = exact.quantize(Decimal(1).scaleb(-places), rounding=rounding)
-    text = f"{kept:,f}" if places < 10 else f"{kept:.{digits - 1}e}"
+    if places < 10 and exact.adjusted() < 15:
+        text = f"{exact.quantize(Decimal(1).scaleb(-places), rounding=rounding):,f}"
+    else:
+        text = f"{Context(prec=digits, rounding=rounding).plus(exact):.{digits - 1}e}"
     if "." in text and "e" not in text:
         text = text.rstrip("0").rstrip(".")
     return text.replace("-", "−")

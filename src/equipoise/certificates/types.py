@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .printed import MISSING, at_least, at_most, number
 
-__all__ = ["ARITHMETIC", "Certificate", "Verdict"]
+__all__ = ["ARITHMETIC", "Certificate", "Verdict", "finite_or_none", "weakest"]
 
 Verdict = Literal["certified", "converged", "diverged", "unknown"]
 
@@ -27,20 +26,23 @@ ARITHMETIC = (
 class Certificate:
     """Proved bounds about a model's stored numbers (theory §5–6); what does not apply is None.
 
-    Of the whole model, the weakest over its equilibrium layers (each by itself in ``layers``):
+    It speaks of equilibria and scores in exact arithmetic; what a float32 network computes differs from them by its
+    solver's tolerance. Of several equilibrium layers the weakest, with each by itself in ``layers``:
 
     - ``certified``: m̃ > 0 is proved. ``verdict``: "certified"; else "converged" or "diverged" on the given inputs
       (an observation, not a proof); "unknown" without inputs.
     - ``margin`` <= m̃, ``lipschitz`` >= L̃, ``condition`` >= L̃/m̃.
     - ``solver``, ``alpha``, ``rate``: the layer's solver, its step, and a proved factor of it; ``steps``: proved
-      steps until the distance to the equilibrium has shrunk by ``tolerance``; ``inexact``: C2's 1/(1 − rate).
+      steps until the distance to the equilibrium, in the solver's variable, has shrunk by ``tolerance``;
+      ``inexact``: C2's 1/(1 − rate).
     - ``closed_rates``: the closed bounds at their best steps, by solver.
     - ``weight_condition`` >= κ_rel = ‖W̃‖₂/m̃ (T4).
 
     With a reference: ``delta_norm`` >= ‖ΔW‖₂; ``sufficient`` and ``predeployment`` (T2's other two forms);
-    ``relative_bound`` of ‖z* − z̃*‖/‖z*‖ (C3; only where U and b are unchanged and ‖ΔW‖₂ < m).
+    ``relative_bound`` of ‖z* − z̃*‖/‖z*‖ (C3; only where ‖ΔW‖₂ < m and U, b and all modules before are unchanged).
 
-    With a reference and inputs: ``displacement (B,)`` >= ‖z* − z̃*‖₂ per input (T3, the smaller side);
+    With a reference and inputs: ``displacement (B,)`` >= ‖z* − z̃*‖₂ per input (T3, the smaller side), of the last
+    equilibrium layer, what the layers before it moved included;
     ``actual_displacement (B,)`` the distance of the computed equilibria, with ``actual_error (B,)`` bounding its own
     error; ``agreement``: the share of inputs whose class is proved equal to the reference's, through one linear
     head; ``unproved``: indices of the others.
@@ -48,8 +50,8 @@ class Certificate:
 
     certified: bool
     verdict: Verdict
-    margin: float
-    lipschitz: float
+    margin: float | None
+    lipschitz: float | None
     condition: float | None
     weight_condition: float | None
     solver: str
@@ -111,7 +113,7 @@ class Certificate:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def __repr__(self) -> str:
-        return f"Certificate({self.verdict}, margin={self.margin:.6g}, lipschitz={self.lipschitz:.6g})"
+        return f"Certificate({self.verdict}, margin={at_least(self.margin)}, lipschitz={at_most(self.lipschitz)})"
 
 
 def _plain(value: Any) -> Any:
@@ -132,5 +134,39 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def finite_tensor_or_none(value: Tensor) -> Tensor | None:
-    return value if bool(torch.isfinite(value).all()) else None
+def weakest(parts: tuple[Certificate, ...]) -> Certificate:
+    """The summary of several layers: each figure the weakest, None where one layer has none."""
+    if len(parts) == 1:
+        return parts[0]
+    least = min(parts, key=lambda part: -math.inf if part.margin is None else part.margin)
+    slowest = max(parts, key=lambda part: 2.0 if part.rate is None else part.rate)
+
+    def largest(name: str) -> float | None:
+        return _largest([getattr(part, name) for part in parts])
+
+    def everywhere(name: str) -> bool | None:
+        values = [getattr(part, name) for part in parts]
+        return None if None in values else all(values)
+
+    return replace(
+        least,
+        certified=all(part.certified for part in parts),
+        lipschitz=largest("lipschitz"),
+        condition=largest("condition"),
+        weight_condition=largest("weight_condition"),
+        solver=slowest.solver,
+        alpha=slowest.alpha,
+        rate=slowest.rate,
+        steps=slowest.steps,
+        inexact=slowest.inexact,
+        closed_rates={name: _largest([part.closed_rates[name] for part in parts]) for name in least.closed_rates},
+        delta_norm=largest("delta_norm"),
+        sufficient=everywhere("sufficient"),
+        predeployment=everywhere("predeployment"),
+        relative_bound=None,
+    )
+
+
+def _largest(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None

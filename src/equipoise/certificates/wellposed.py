@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import verified
+from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
 from ..layers.chain import chain, equilibrium_layers
 from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator, QuantizedWeight
 from ..operators.quantized import AssembledWeight
+from ..solvers import ForwardBackward
 
-__all__ = ["Perturbation", "fresh_operator", "input_lipschitz", "lipschitz", "margin", "perturbation"]
+__all__ = ["Perturbation", "fresh_operator", "input_lipschitz", "lipschitz", "margin", "observe", "perturbation"]
 
 
 def fresh_operator(layer: MonDEQ) -> DenseOperator:
@@ -28,7 +34,8 @@ def fresh_operator(layer: MonDEQ) -> DenseOperator:
 def margin(model: nn.Module) -> float:
     """A proved lower bound of m = λ_min(sym(I − W)), the smallest over the model's equilibrium layers.
 
-    Holds for the matrix that the stored numbers define and for the one multiplied by (theory §1, §6).
+    Holds for the matrix that the stored codes define and for the one multiplied by; of a float layer for W as the
+    layer computes it in its own dtype (theory §1, §6).
     """
     return min(fresh_operator(layer).margin() for _, layer in equilibrium_layers(model))
 
@@ -41,7 +48,8 @@ def lipschitz(model: nn.Module) -> float:
 def input_lipschitz(model: nn.Module) -> float | None:
     """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer [PWK21].
 
-    Linear modules on the way count with their norms; None where a layer has no proved margin.
+    Linear modules on the way count with their norms. None where a layer has no proved margin, and where a torch
+    softplus has a threshold below its default 20, since it jumps there (by 2e-9/β at 20, which is left out).
     """
     bound = 1.0
     for _, module in chain(model):
@@ -53,7 +61,9 @@ def input_lipschitz(model: nn.Module) -> float | None:
             bound = verified.up(bound * verified.up(_norm(module.injection) / m))
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             bound = verified.up(bound * _norm(module))
-    return bound
+        elif isinstance(module, nn.Softplus) and not module.threshold >= 20:
+            return None
+    return bound if math.isfinite(bound) else None
 
 
 def _norm(linear: nn.Linear | QuantizedLinear) -> float:
@@ -95,3 +105,42 @@ def _predeployment(layer: MonDEQ, m: float) -> bool | None:
         return None
     step = float(weights.codes.scale.double().max())
     return verified.up(layer.features * step / 2) < m
+
+
+@torch.no_grad()
+def observe(model: nn.Module, inputs: Tensor) -> Literal["unknown", "converged", "diverged"]:
+    """Whether some solver settles on every input: an observation about these inputs, in float64.
+
+    The layer's own solver first, then forward–backward with a short step: a poor step is not divergence. "unknown"
+    where there are no inputs, or the codes define no matrix at all.
+    """
+    if not len(inputs) or any(
+        fresh_operator(layer).representation_error == math.inf for _, layer in equilibrium_layers(model)
+    ):
+        return "unknown"
+    for fallback in (False, True):
+        wide = copy.deepcopy(model).cpu().double().eval()
+        for _, layer in equilibrium_layers(wide):
+            layer.strict = False
+            if fallback:
+                layer.solver = ForwardBackward(max_steps=2000)
+        if _settles(wide, inputs.detach().to("cpu", torch.float64, copy=True)):
+            return "converged"
+    return "diverged"
+
+
+def _settles(model: nn.Module, a: Tensor) -> bool:
+    for _, module in chain(model):
+        if not isinstance(module, MonDEQ):
+            a = module(a)
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                solution = module.solve(a, tol=1e-5, stop="residual")
+        except (NotWellPosedError, OptionError):  # this solver's step does not exist for these weights
+            return False
+        if not bool(solution.converged.all()):
+            return False
+        a = solution.value
+    return True

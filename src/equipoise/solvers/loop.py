@@ -211,6 +211,10 @@ class _Run:
         gain = tuning.gain if stop == "bound" and tuning.gain is not None else 1.0
         self.gain = q.new_full((self.total,), gain)
         self.still = 4 * torch.finfo(q.dtype).eps
+        # the step from which on each sample is looked at again, by its own forecast, and the earliest of them
+        self.due = self.rows.new_zeros(self.total)
+        self.earliest = 0
+        self.pace = -math.log(tuning.pace) if tuning.pace is not None else math.inf
         self.results: list[Tensor] = []
         self.fixed_point = solver.map(problem, tuning)
         self.state = solver.init(self.fixed_point)
@@ -219,7 +223,7 @@ class _Run:
         for step in range(1, self.schedule.last + 1):
             if step > 1:
                 self.state = self.solver.step(self.fixed_point, self.state)
-            if self.schedule.looks(step) and self._look(step):
+            if self.schedule.looks(step) and (step >= self.earliest or step >= self.schedule.last) and self._look(step):
                 break
         return tuple(self.results)
 
@@ -228,22 +232,25 @@ class _Run:
         move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1)
         w = self.fixed_point.point(self.state.image)
         size = torch.linalg.vector_norm(w, dim=1)
-        ready = (self.gain * move <= self.tol * size) & (size < math.inf)  # an overflow is no convergence
+        due = self.due <= step
+        ready = due & (self.gain * move <= self.tol * size) & (size < math.inf)  # an overflow is no convergence
         if self.judge is None and not self.results and bool(ready.all()):
             self._record(torch.full_like(self.rows, step), ready, w)
             return True
         reach = torch.linalg.vector_norm(self.state.image, dim=1)
         still = (move <= self.still * reach) & (reach < math.inf)
-        hopeless = ~torch.isfinite(move) | still
+        hopeless = due & (~torch.isfinite(move) | still)
         if step >= self.schedule.last:
             hopeless = torch.ones_like(hopeless)
         if self.judge is None:
-            settled = ready | still
+            settled = ready | (due & still)
             self._record(torch.full_like(self.rows, step), settled, w)
             self.alive = self.alive & ~(settled | hopeless)
         else:
             self._judge(step, self.judge, w, move, ready, hopeless)
         left = int(self.alive.sum())
+        if left:
+            self._forecast(step, self.gain * move / (self.tol * size))
         if 0 < left < 0.75 * len(self.alive) and self.state.image.numel() > SMALL:
             self._compact()
         return left == 0
@@ -267,22 +274,36 @@ class _Run:
         count = int(look.sum())
         if count == 0:
             return
-        chosen = slice(None) if count == len(look) else look.nonzero()[:, 0]
-        done, error, results = judge(self.problem.select(chosen), w[chosen])
+        whole = count == len(look)
+        chosen = slice(None) if whole else look.nonzero()[:, 0]
+        done, error, results = judge(self.problem, w) if whole else judge(self.problem.select(chosen), w[chosen])
         gain = (error / move[chosen]).to(self.gain)
         self.gain[chosen] = torch.where(torch.isfinite(gain) & (gain > 0), gain, self.gain[chosen])
         leave = done | hopeless[chosen]
+        leaving = int(leave.sum())
+        if leaving == 0:
+            return
         columns = torch.full_like(self.rows[chosen], step), done, *results
+        self.alive[chosen] = ~leave
+        if whole and leaving == self.total:
+            self.results = list(columns)
+            return
         if not self.results:
             self.results = [column.new_zeros((self.total, *column.shape[1:])) for column in columns]
         for target, column in zip(self.results, columns, strict=True):
             target[self.rows[chosen][leave]] = column[leave]
-        self.alive[chosen] = ~leave
+
+    def _forecast(self, step: int, ratio: Tensor) -> None:
+        """When each sample should be looked at again, from how far its error is from the tolerance (``ratio``)."""
+        steps = (1.3 * ratio.log() / self.pace).nan_to_num(0.0, 0.0, 0.0).clamp_(1, 4 * self.schedule.first)
+        self.due = torch.where(self.due <= step, step + steps.long(), self.due)
+        self.earliest = int(self.due[self.alive].min())
 
     def _compact(self) -> None:
         """Go on with the samples that are still alive."""
         kept = self.alive.nonzero()[:, 0]
         self.rows, self.gain, self.alive = self.rows[kept], self.gain[kept], self.alive[kept]
+        self.due = self.due[kept]
         self.problem, self.fixed_point = self.problem.select(kept), self.fixed_point.select(kept)
         current, image, memory = self.state
         self.state = State(current[kept], image[kept], tuple(m[kept] for m in memory))
