@@ -117,6 +117,18 @@ def test_every_truncation_is_seen(path: Path) -> None:
         load(path)
 
 
+def test_every_flipped_bit_of_a_tensor_is_seen(path: Path) -> None:
+    save(whole_quantized(), path)
+    content = path.read_bytes()
+    begin = 8 + struct.unpack("<Q", content[:8])[0]
+    for place in range(begin, len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(eq.FileFormatError):
+            load(path)
+
+
 def parts(content: bytes) -> tuple[Document, dict[str, Tensor]]:
     """The JSON of a file of ours, and its tensors."""
     length = struct.unpack("<Q", content[:8])[0]
@@ -181,6 +193,9 @@ EDITS: list[tuple[Edit, str]] = [
     (lambda d, t: d.update(preprocessing={**STANDARD, "std": []}), "preprocessing"),
     (lambda d, t: d.update(preprocessing={**STANDARD, "scale": -1.0}), "scale"),
     (lambda d, t: d.update(certificate=3), "certificate is 3"),
+    (lambda d, t: d.pop("checksums"), "checksums is missing"),
+    (lambda d, t: d["checksums"].pop("0.recurrent.B"), "corrupted.*0.recurrent.B"),
+    (lambda d, t: t["1.bias"].neg_(), "corrupted.*1.bias"),
     (lambda d, t: t.pop("0.recurrent.B"), "0.recurrent.B is missing"),
     (lambda d, t: t.update({"0.recurrent.C": torch.zeros(1)}), "unknown tensors '0.recurrent.C'"),
     (lambda d, t: t.update({"0.recurrent.A": torch.zeros(5, 6)}), r"0.recurrent.A is \(5, 6\)"),

@@ -127,7 +127,8 @@ def _checked(target: Path, force: bool) -> Path:
         raise OutputError(f"cannot make {target}: the folder {within} does not exist; create it first")
     if not os.access(within, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {target}: the folder {within} is not writable; choose another")
-    return target
+    with _scratch(target):  # root may write anywhere, says the system, and then refuses
+        return target
 
 
 @contextlib.contextmanager

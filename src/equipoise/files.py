@@ -3,8 +3,8 @@
 Layout, version 1. The tensors have the names of the model's state keys; integer codes are packed at their bits
 (see :func:`equipoise.quantization.pack`), scales and float parts keep their dtype. The file's metadata has one
 entry, ``equipoise``: a JSON object with ``format_version``, ``library_version``, ``architecture`` (kinds, sizes and
-options of the modules, and the schemes of those that are quantized), ``preprocessing`` and ``certificate`` (the text
-that the certificate wrote).
+options of the modules, and the schemes of those that are quantized), ``checksums`` (CRC-32 of each tensor's bytes),
+``preprocessing`` and ``certificate`` (the text that the certificate wrote).
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def save(
         "format_version": VERSION,
         "library_version": version("equipoise"),
         "architecture": write_module(model, _MODELS, out),
+        "checksums": out.checksums(),
         "preprocessing": _preprocessing_of(model),
         "certificate": None if certificate is None else _json_of(certificate),
     }
@@ -94,6 +95,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         tensors = TensorReader(file)
         model = read_module(document.fields("architecture"), _MODELS, tensors)
         tensors.close()
+        tensors.compare(document.take("checksums", dict))
         values = document.take("preprocessing", dict, type(None))
         if values is not None:
             _attach_preprocessing(model, values)

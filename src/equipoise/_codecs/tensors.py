@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,20 +171,27 @@ class TensorWriter:
             raise InputError(f"{full} holds {bad} NaN or infinite entries of {tensor.numel()}; nothing was saved")
         self.tensors[full] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
+    def checksums(self) -> dict[str, int]:
+        """The checksum of every tensor, by its name."""
+        return {name: _checksum(tensor) for name, tensor in self.tensors.items()}
+
 
 class TensorReader:
     """The tensors of an open file, each taken once and compared with what is expected before it is read."""
 
-    def __init__(self, file: Any, prefix: str = "", left: set[str] | None = None) -> None:
+    def __init__(
+        self, file: Any, prefix: str = "", left: set[str] | None = None, seen: dict[str, int] | None = None
+    ) -> None:
         self._file, self._prefix = file, prefix
         self._left: set[str] = set(file.keys()) if left is None else left
+        self._seen: dict[str, int] = {} if seen is None else seen
 
     @property
     def where(self) -> str:
         return f" at {self._prefix[:-1]!r}" if self._prefix else ""
 
     def under(self, name: str) -> TensorReader:
-        return TensorReader(self._file, f"{self._prefix}{name}.", self._left)
+        return TensorReader(self._file, f"{self._prefix}{name}.", self._left, self._seen)
 
     def take(self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of ``shape`` (any where None) and ``dtype`` (any floating one where None), all finite."""
@@ -200,11 +208,22 @@ class TensorReader:
         tensor: Tensor = self._file.get_tensor(full).clone()  # the original may be a view of the file itself
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"the tensor {full} holds NaN or infinite entries")
+        self._seen[full] = _checksum(tensor)
         return tensor
+
+    def compare(self, stored: dict[str, Any]) -> None:
+        """Raise :class:`FileFormatError` unless every tensor that was taken is the one that was written."""
+        if damaged := sorted(name for name, found in self._seen.items() if stored.get(name) != found):
+            raise FileFormatError(f"it is corrupted: the checksum of {', '.join(map(_short, damaged[:20]))} is wrong")
 
     def close(self) -> None:
         if self._left:
             raise FileFormatError(f"unknown tensors {', '.join(map(_short, sorted(self._left)))}")
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the entries: told apart is what a disk or a transfer did, not what somebody meant to do."""
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _short(value: Any) -> str:
