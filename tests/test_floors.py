@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "solvers.posterior",
         "solvers.trial",
     ),
-    ("implicit", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
+    ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
     (
         "quantize",
         "certificates.printed",

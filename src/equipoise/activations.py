@@ -15,6 +15,7 @@ All act elementwise on tensors of any shape and keep shape and dtype.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,11 @@ __all__ = [
 ]
 
 NEWTON_STEPS = 40
+
+
+def _number(value: float) -> float:
+    """``value`` for a comparison; NaN, which fails all of them, where it is no number."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def _check(condition: bool, message: str) -> None:
@@ -133,7 +139,7 @@ class LeakyReLU(Activation):
     ulps: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:
-        _check(0 <= self.slope <= 1, f"LeakyReLU slope is {self.slope}; a proximal map needs 0 <= slope <= 1")
+        _check(0 <= _number(self.slope) <= 1, f"LeakyReLU slope is {self.slope}; a proximal map needs 0 <= slope <= 1")
 
     def __call__(self, v: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(v, self.slope)
@@ -196,7 +202,7 @@ class ELU(Activation):
     ulps: ClassVar[float] = 4.0
 
     def __post_init__(self) -> None:
-        _check(0 < self.scale <= 1, f"ELU scale is {self.scale}; slopes in [0, 1] need 0 < scale <= 1")
+        _check(0 < _number(self.scale) <= 1, f"ELU scale is {self.scale}; slopes in [0, 1] need 0 < scale <= 1")
 
     def __call__(self, v: Tensor) -> Tensor:
         return torch.where(v > 0, v, self.scale * torch.expm1(v.clamp(max=0)))
@@ -215,7 +221,7 @@ class Hardtanh(Activation):
     ulps: ClassVar[float] = 1.0  # the ends, rounded to the tensor's dtype
 
     def __post_init__(self) -> None:
-        _check(self.low < self.high, f"Hardtanh needs low < high, got [{self.low}, {self.high}]")
+        _check(_number(self.low) < _number(self.high), f"Hardtanh needs low < high, got [{self.low}, {self.high}]")
 
     def __call__(self, v: Tensor) -> Tensor:
         return v.clamp(self.low, self.high)
@@ -234,7 +240,7 @@ class SoftThreshold(Activation):
     threshold: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self.threshold >= 0, f"SoftThreshold threshold is {self.threshold}; it must be >= 0")
+        _check(0 <= _number(self.threshold) < math.inf, f"SoftThreshold threshold is {self.threshold}; it must be >= 0")
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.prox(v, 1.0)

@@ -8,6 +8,8 @@ Second derivatives are right, too: the backward problem is again an equilibrium 
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +48,16 @@ def report_failures(done: Tensor, value: Tensor, strict: bool, where: str, reach
     )
     if strict:
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """``stacklevel`` of the first frame above torch and this package: a warning names the user's line."""
+    own = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(own):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def attach(q: Tensor, w: Tensor, activation: Activation, operator: MonotoneOperator, solve_adjoint: Solve) -> Tensor:

@@ -223,7 +223,7 @@ class TensorReader:
 
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of the entries: told apart is what a disk or a transfer did, not what somebody meant to do."""
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _short(value: Any) -> str:

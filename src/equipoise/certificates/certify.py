@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..errors import InputError, OptionError, StructureError
+from ..layers.arguments import check_finite
 from ..layers.chain import chain, equilibrium_layers, final_head
 from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mondeq import MonDEQ
@@ -80,6 +81,8 @@ def _certify(
     for name, layer in layers:
         if layer.bias.dtype not in (torch.float32, torch.float64):
             raise InputError(f"layer {name!r} is {layer.bias.dtype}; float32 or float64 is needed: model.float()")
+    for network in (model, reference):
+        _check_weights(network)
     if inputs is not None:
         _check_inputs(model, inputs)
     pairs = None if reference is None else _match(model, reference)
@@ -198,6 +201,13 @@ def _shape(module: nn.Module) -> str:
     idle = ("p", "inplace") if isinstance(module, nn.Dropout) else ("inplace",)  # what evaluation does not use
     settings = [name for name in getattr(module, "__constants__", ()) if name not in idle]
     return f"{type(module).__name__}({', '.join(f'{name}={getattr(module, name)}' for name in settings)})"
+
+
+def _check_weights(network: nn.Module | None) -> None:
+    """Refuse NaN and infinities anywhere: a margin of W says nothing about answers that are none."""
+    tensors = [] if network is None else [*network.named_parameters(), *network.named_buffers()]
+    for name, tensor in tensors:
+        check_finite(tensor, name)
 
 
 def _check_inputs(model: nn.Module, inputs: Tensor) -> None:

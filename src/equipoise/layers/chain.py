@@ -30,9 +30,11 @@ def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of ``model`` in order, with their names; nested ``nn.Sequential`` are opened.
 
     Raises:
-        StructureError: a module that is neither an equilibrium layer, linear, nor a known activation.
+        StructureError: a module that is neither an equilibrium layer, linear, nor a known activation, or that
+            computes something else than its kind does: a ``forward`` of its own, or hooks.
     """
     if isinstance(model, nn.Sequential):
+        _check_plain(model, nn.Sequential, "")
         found = []
         for name, child in model._modules.items():  # named_children() leaves out a module that appears twice
             assert child is not None
@@ -43,14 +45,29 @@ def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _known(module: nn.Module, name: str) -> nn.Module:
-    if isinstance(module, (*EQUILIBRIUM, nn.Linear, QuantizedLinear, *LIPSCHITZ_ONE)):
-        return module
+    for kind in (*EQUILIBRIUM, nn.Linear, QuantizedLinear, *LIPSCHITZ_ONE):
+        if isinstance(module, kind):
+            _check_plain(module, kind, name)
+            return module
     allowed = ", ".join(kind.__name__ for kind in (*EQUILIBRIUM, nn.Linear, *LIPSCHITZ_ONE))
     where = f" at position {name!r}" if name else ""
     raise StructureError(
         f"{type(module).__name__}{where} is not supported here; build the model as a layer or an nn.Sequential of "
         f"{allowed}"
     )
+
+
+def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """Refuse a module that says it is a ``kind`` but may compute something else: nothing would be proved of that."""
+    inside = () if isinstance(module, nn.Sequential) else module.modules()
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inside))
+    if hooked or type(module).forward is not kind.forward or "forward" in vars(module):
+        what = "has forward hooks" if hooked else "has a forward of its own"
+        where = f" at position {name!r}" if name else ""
+        raise StructureError(
+            f"{type(module).__name__}{where} {what}, so it may compute something else than {kind.__name__}; "
+            f"remove them, or build the model of plain {kind.__name__} modules"
+        )
 
 
 def equilibrium_layers(model: nn.Module) -> list[tuple[str, MonDEQ]]:

@@ -13,10 +13,12 @@ from ..activations import Activation, ReLU, as_activation
 from ..errors import InputError, NotWellPosedError, OptionError
 from ..implicit import attach, equilibrate, report_failures
 from ..operators import DenseOperator, QuantizedWeight
+from ..operators.base import product_rounding
 from ..parametrizations import Dense, Monotone
 from ..quantization.schemes import Scheme
 from ..solvers import PeacemanRachford, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
+from .arguments import check_finite, check_solver, check_tensors, check_tol, reached, refuse
 from .cache import Derived, keeping
 from .linear import QuantizedLinear, affine64
 
@@ -80,9 +82,9 @@ class MonDEQ(nn.Module):
         self.recurrent: nn.Module = Monotone(features, rank, margin, learn_margin)
         self.injection: nn.Module = nn.Linear(in_features, features)
         self.in_features, self.features = in_features, features
-        self.activation, self.solver = as_activation(activation), _check_solver(solver)
-        self.tol = None if tol is None else _check_tol(tol)
-        self.backward_tol = None if backward_tol is None else _check_tol(backward_tol)
+        self.activation, self.solver = as_activation(activation), check_solver(solver)
+        self.tol = None if tol is None else check_tol(tol)
+        self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
         self.strict = strict
         self.scheme: Scheme | None = None
         self._derived, self._derived_injection = Derived(), Derived()
@@ -94,7 +96,8 @@ class MonDEQ(nn.Module):
 
         ``A (r, n)``, ``B (n, n)``, ``U (n, d)``, ``b (n,)``; ``options`` as in the constructor.
         """
-        _refuse(options, "from_factors", "rank", "its number of rows is A's")
+        refuse(options, "from_factors", "rank", "its number of rows is A's")
+        check_tensors(A=A, B=B, U=U, b=b)
         learn_margin = options.pop("learn_margin", False)
         return cls._assemble(Monotone.from_factors(A, B, margin, learn_margin), U, b, options)
 
@@ -108,10 +111,11 @@ class MonDEQ(nn.Module):
             InputError: shapes that do not fit, NaN or infinite entries.
         """
         for option in ("rank", "margin", "learn_margin"):
-            _refuse(options, "from_weights", option, "W is taken as it is")
-        if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.is_floating_point():
-            raise InputError(f"W is {W.dtype} {tuple(W.shape)}; a square floating-point matrix (n, n) is needed")
-        _check_finite(W, "W")
+            refuse(options, "from_weights", option, "W is taken as it is")
+        check_tensors(W=W, U=U, b=b)
+        if W.ndim != 2 or W.shape[0] != W.shape[1]:
+            raise InputError(f"W is {tuple(W.shape)}; a square matrix (n, n) is needed")
+        check_finite(W, "W")
         if check:
             margin = verified.margin(W.detach().to("cpu", torch.float64))
             if margin <= 0:
@@ -129,7 +133,7 @@ class MonDEQ(nn.Module):
         if U.ndim != 2 or U.shape[0] != n or tuple(b.shape) != (n,):
             raise InputError(f"U is {tuple(U.shape)} and b is {tuple(b.shape)}; needed are ({n}, d) and ({n},)")
         for tensor, name in ((W, "W"), (U, "U"), (b, "b")):
-            _check_finite(tensor, name)
+            check_finite(tensor, name)
         layer = cls(U.shape[1], n, rank=0, **options).to(W.device, W.dtype)
         layer.recurrent = recurrent
         assert isinstance(layer.injection, nn.Linear)
@@ -241,8 +245,8 @@ class MonDEQ(nn.Module):
         """
         if stop not in ("bound", "residual"):
             raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
-        _check_tol(tol)
-        solver = self.solver if solver is None else _check_solver(solver)
+        check_tol(tol)
+        solver = self.solver if solver is None else check_solver(solver)
         with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
             q = self._inject(x)
             operator, tuning = self._prepare(solver)
@@ -253,7 +257,9 @@ class MonDEQ(nn.Module):
             solution = solve(solver, problem, tuning, tol, stop)
             if q.dtype == torch.float32 and solver.max_steps is None:
                 solution = self._finish_wide(x, solver, operator, tol, stop, solution)
-        report_failures(solution.converged, solution.value, strict, "solve", _reached(solution, tol, stop))
+        report_failures(
+            solution.converged, solution.value, strict, "solve", reached(solution, tol, stop, operator.margin() > 0)
+        )
         return solution
 
     def _finish_wide(
@@ -311,7 +317,7 @@ class MonDEQ(nn.Module):
         spread, offset, e_U, e_b = kept["norms"]
         dtype = dtype or self._affine()[1].dtype
         info = torch.finfo(dtype)
-        gamma = verified.gamma(2 * self.in_features + 8) * (info.eps / 2 / verified.UNIT)
+        gamma = product_rounding(2 * self.in_features + 8, x.new_empty(0, dtype=dtype))
         size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)
         cast = info.eps if x.dtype.itemsize > dtype.itemsize else 0.0  # x itself was rounded
         return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
@@ -322,19 +328,21 @@ class MonDEQ(nn.Module):
             kept = self._derived.of(self.recurrent)
             operator = self._operator(kept)
             if ("tuning", solver) not in kept:
-                _check_finite(operator.weight.detach(), "the recurrent weights' W")
-                known = self._tunings.get(solver)
+                check_finite(operator.weight.detach(), "the recurrent weights' W")
+                known = self._tunings.get(solver) if solver == self.solver else None
                 reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
                 tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
                 kept["tuning", solver] = tuning
-                self._tunings[solver].age += 1
+                if solver == self.solver:
+                    self._tunings[solver].age += 1
         found: Tuning = kept["tuning", solver]
         return operator, found
 
     def _retune(self, solver: Solver, operator: DenseOperator) -> Tuning:
         tuning = tuned(solver, operator, self.activation, self._affine()[1])
-        limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
-        self._tunings[solver] = _Tuned(tuning, operator.weight.detach().clone(), limit)
+        if solver == self.solver:
+            limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
+            self._tunings = {solver: _Tuned(tuning, operator.weight.detach().clone(), limit)}
         return tuning
 
     def extra_repr(self) -> str:
@@ -360,40 +368,3 @@ class _Tuned:
             return False
         norm = torch.linalg.vector_norm
         return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))
-
-
-def _reached(solution: Solution, tol: float, stop: Stop) -> str:
-    """How far the unfinished samples came, and what to do: the end of a warning."""
-    if bool(solution.converged.all()):
-        return ""
-    if stop == "bound" and bool(torch.isinf(solution.truncation).all()):
-        return ": no positive margin is proved, so no bound exists; use stop='residual'"
-    size = torch.linalg.vector_norm(solution.value, dim=1).double()
-    measure = solution.truncation / size if stop == "bound" else solution.residual
-    worst = float(measure[~solution.converged].max())
-    resolution = torch.finfo(solution.value.dtype).eps * 1e3
-    remedy = "float64 resolves more" if worst < max(resolution, 100 * tol) else "raise the solver's max_steps or tol"
-    return f" {tol:g} (worst {worst:.2g}); {remedy}, and see Solution.converged"
-
-
-def _check_solver(solver: Solver) -> Solver:
-    if not isinstance(solver, Solver):
-        raise OptionError(f"solver is {solver!r}; give one of equipoise's, e.g. PeacemanRachford()")
-    return solver
-
-
-def _refuse(options: dict[str, Any], where: str, name: str, why: str) -> None:
-    if name in options:
-        raise OptionError(f"{where} takes no {name}: {why}")
-
-
-def _check_tol(tol: float) -> float:
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-        raise OptionError(f"tol is {tol!r}; it is a relative tolerance between 0 and 1")
-    return tol
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise InputError(f"{name} holds {bad} NaN or infinite entries of {tensor.numel()}")

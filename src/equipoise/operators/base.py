@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["FixedPointMap", "MonotoneOperator", "golden_section"]
+from .. import verified
+
+__all__ = ["FixedPointMap", "MonotoneOperator", "golden_section", "power_norm", "product_rounding"]
 
 
 class FixedPointMap(ABC):
@@ -98,6 +100,21 @@ class MonotoneOperator(ABC):
     @abstractmethod
     def transposed(self) -> MonotoneOperator:
         """The operator of Wᵀ; constants and inverses are shared, nothing is computed again."""
+
+
+def product_rounding(terms: int, like: Tensor) -> float:
+    """ε with |fl(Σ aᵢbᵢ) − Σ aᵢbᵢ| <= ε Σ |aᵢ||bᵢ| for sums of ``terms`` products in the arithmetic of ``like``.
+
+    γ_k, and where torch may round float32 operands first (TF32 keeps 11 bits, bfloat16 keeps 8) that as well.
+    """
+    unit = torch.finfo(like.dtype).eps / 2
+    gamma = verified.gamma(terms) * (unit / verified.UNIT)
+    if like.dtype != torch.float32:
+        return gamma
+    operand = {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)
+    if like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        operand = max(operand, 2.0**-11)
+    return gamma + (2 * operand + operand**2) * (1 + gamma)
 
 
 def golden_section(function: Callable[[float], float], low: float, high: float, rtol: float = 0.02) -> float:

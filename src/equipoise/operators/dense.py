@@ -16,6 +16,9 @@ __all__ = ["DenseOperator", "TransposedOperator"]
 
 T = TypeVar("T")
 
+MATRICES = 4
+"""Cayley transforms kept at a time: one a step in use, and a few for those who try steps."""
+
 
 class DenseOperator(MonotoneOperator):
     """W as an ``(n, n)`` tensor; ``weight`` may carry a graph, every constant is of its values.
@@ -106,6 +109,9 @@ class DenseOperator(MonotoneOperator):
         return self._once("absolute_norm", lambda: verified.up(verified.absolute_norm(matrix) + error * self.features))
 
     def cayley(self, alpha: float) -> Tensor:
+        formed = [key for key in self._derived if isinstance(key, tuple) and key[0] == "cayley"]
+        if len(formed) >= MATRICES and ("cayley", alpha) not in formed:
+            del self._derived[formed[0]]
         return self._once(("cayley", alpha), lambda: self._form_cayley(alpha))
 
     def _form_cayley(self, alpha: float) -> Tensor:
@@ -125,7 +131,7 @@ class DenseOperator(MonotoneOperator):
         return inverse
 
     def cayley_norm(self, alpha: float) -> float:
-        return self._once(("cayley_norm", alpha), lambda: power_norm(self.cayley(alpha)))
+        return self._once(("cayley_norm", alpha), lambda: power_norm(self._form_cayley(alpha)))
 
     def best_alpha(self) -> float:
         if self.stored_cayley is not None:
@@ -140,6 +146,8 @@ class DenseOperator(MonotoneOperator):
         singular = torch.linalg.svdvals(forward) if self.features <= 512 else None
         largest = float(singular[0]) if singular is not None else power_norm(forward)
         smallest = float(singular[-1]) if singular is not None else max(self.margin(), 1e-3 * largest)
+        if largest == 0:  # W = I: every step is the same
+            return 1.0
         low = 1 / largest
         high = max(low, 1 / max(smallest, 1e-6 * largest))
         coarse = 0.05 if singular is not None else 0.2

@@ -191,18 +191,24 @@ class CayleyWeight(QuantizedWeight):
         plus, minus = eye + C, eye - C
         quotient, info = torch.linalg.solve_ex(plus, minus, left=False)
         exact = eye - quotient / alpha
-        inverse_norm = verified.quotient_norm(eye, plus, error_q=verified.UNIT * verified.absolute_norm(plus))
+        # above 16 bits code · scale is rounded, and an inverse near C̃ = −I magnifies that
+        code = verified.UNIT * verified.absolute_norm(C) * (1 + 1e-15) if self.C.bits > 16 else 0.0
+        forming_plus = verified.UNIT * verified.absolute_norm(plus) + code
+        inverse_norm = verified.quotient_norm(eye, plus, error_q=verified.up(forming_plus * (1 + 1e-15)))
         if int(info) != 0 or inverse_norm is None or not bool(torch.isfinite(exact).all()):
             return exact.nan_to_num(0.0, 0.0, 0.0), math.inf
         residual = verified.absolute_norm(minus - quotient @ plus)
         rounding = verified.gamma(self.features + 4) * (
             verified.absolute_norm(quotient) * verified.absolute_norm(plus) + verified.absolute_norm(minus)
         )
-        error = (residual + rounding) * inverse_norm / alpha
+        stored = code * (1 + verified.absolute_norm(quotient))
+        error = (residual + rounding + stored) * inverse_norm / alpha
         forming = verified.gamma(3) * (1 + verified.absolute_norm(quotient) / alpha)
         return exact, verified.up((error + forming) * (1 + 1e-12))
 
     def proofs(self) -> dict[str, Any]:
+        if self.C.bits > 16:  # the float64 C is not quite the stored one: only what `assemble` bounds is proved
+            return {}
         C, alpha = self.C.dequantize().cpu(), float(self.alpha)
         return {
             "margin_floor": verified.cayley_margin(C, alpha),

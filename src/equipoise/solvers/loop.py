@@ -243,7 +243,9 @@ class _Run:
         if step >= self.schedule.last:
             hopeless = torch.ones_like(hopeless)
         if self.judge is None:
-            settled = ready | (due & still)
+            # relative to an answer of 0 nothing is small; but 0 is the answer where σ(q) = 0
+            zero = torch.linalg.vector_norm(self.problem.activation(self.problem.injection), dim=1) == 0
+            settled = ready | (due & (still | (zero & (size == 0))))
             self._record(torch.full_like(self.rows, step), settled, w)
             self.alive = self.alive & ~(settled | hopeless)
         else:

@@ -76,7 +76,7 @@ class PeacemanRachford(_Reflection):
 
     ``alpha=None`` minimises ‖C_α‖₂ once per weights, then takes the largest step whose worst-case rate is within a
     tenth of the best: the norm is flat around its minimum, and typical errors shrink faster with larger steps
-    (on the published checkpoint 35 steps instead of 40).
+    (on the published checkpoint 38 steps instead of 44 to a bound of 1e-5).
     """
 
     relaxation: ClassVar[float] = 1.0

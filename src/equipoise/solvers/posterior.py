@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import verified
+from ..operators.base import product_rounding
 from .loop import Problem, Solver, Stop, Tuning, Verdict, iterate
 
 __all__ = ["Posterior", "Solution", "a_posteriori", "solve"]
@@ -54,12 +54,13 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
     """Bound ‖p − z*‖₂ for p = σ(W w + q), every rounding on the way counted (theory §2).
 
     With r the error of the computed W w + q and δ that of σ, ‖p − z*‖ ≤ (‖W e‖ + ‖r‖ + ‖W‖‖δ‖)/m + ‖δ‖. Products
-    of k terms err by γ_k ‖|W|‖ ‖·‖ in the arithmetic of ``w``; W's own representation error counts as part of r.
+    of k terms err by γ_k ‖|W|‖ ‖·‖ in the arithmetic of ``w``, TF32 and bfloat16 products
+    included where torch is allowed them; W's own representation error counts as part of r.
     """
     operator = problem.operator
     info = torch.finfo(w.dtype)
     n = operator.features
-    gamma = verified.gamma(2 * n + 8) * (info.eps / 2 / verified.UNIT)
+    gamma = product_rounding(2 * n + 8, w)
     floor = math.sqrt(n * info.tiny) * 4
     p = problem.activation(operator.apply(w).add_(problem.injection))
     e = w - p

@@ -1,0 +1,58 @@
+"""What a layer accepts, and how it says what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, OptionError
+from ..solvers import Solution, Solver
+from ..solvers.loop import Stop
+
+__all__ = ["check_finite", "check_solver", "check_tensors", "check_tol", "reached", "refuse"]
+
+
+def reached(solution: Solution, tol: float, stop: Stop, proved: bool) -> str:
+    """How far the unfinished samples came, and what to do: the end of a warning."""
+    if bool(solution.converged.all()):
+        return ""
+    if stop == "bound" and not proved:
+        return ": no positive margin is proved, so no bound exists; use stop='residual'"
+    size = torch.linalg.vector_norm(solution.value, dim=1).double()
+    measure = solution.truncation / size if stop == "bound" else solution.residual
+    worst = float(measure[~solution.converged].max())
+    resolution = torch.finfo(solution.value.dtype).eps * 1e3
+    remedy = "float64 resolves more" if worst < max(resolution, 100 * tol) else "raise the solver's max_steps or tol"
+    return f" {tol:g} (worst {worst:.2g}); {remedy}, and see Solution.converged"
+
+
+def check_solver(solver: Solver) -> Solver:
+    if not isinstance(solver, Solver):
+        raise OptionError(f"solver is {solver!r}; give one of equipoise's, e.g. PeacemanRachford()")
+    return solver
+
+
+def refuse(options: dict[str, Any], where: str, name: str, why: str) -> None:
+    if name in options:
+        raise OptionError(f"{where} takes no {name}: {why}")
+
+
+def check_tol(tol: float) -> float:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+        raise OptionError(f"tol is {tol!r}; it is a relative tolerance between 0 and 1")
+    return tol
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{name} is {given}; a floating-point tensor is needed")
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise InputError(f"{name} holds {bad} NaN or infinite entries of {tensor.numel()}")
