@@ -143,7 +143,8 @@ class CompensatedWeight(QuantizedWeight):
             found = module.operator(like).margin()  # of the codes, and of what the layer multiplies by
             if found >= scheme.margin:
                 return module
-            lowering += (scheme.margin - found) * (1 + 1e-9) + verified.TINY
+            # at least a good part of the diagonal's own grid, or nothing would change
+            lowering += max((scheme.margin - found) * (1 + 1e-9), 0.25 * float(stored.scale))
         raise NotWellPosedError(
             f"no diagonal of {scheme.diagonal_bits} bits reaches the margin {scheme.margin:g} (found {found:g}); "
             "lower the target, or use the Structured scheme",
