@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -254,9 +254,13 @@ class MonDEQ(nn.Module):
             if not len(q):
                 none = q.new_zeros(0, dtype=torch.float64)
                 return Solution(q, none.bool(), none.long(), none, none, none)
-            solution = solve(solver, problem, tuning, tol, stop)
-            if q.dtype == torch.float32 and solver.max_steps is None:
-                solution = self._finish_wide(x, solver, operator, tol, stop, solution)
+            narrow = q.dtype == torch.float32 and solver.max_steps is None
+            if narrow and stop == "bound" and _beyond_float32(operator, tol):
+                solution = self._solve_wide(x, solver, operator, tol, stop)
+            else:
+                solution = solve(solver, problem, tuning, tol, stop)
+                if narrow:
+                    solution = self._finish_wide(x, solver, operator, tol, stop, solution)
         report_failures(
             solution.converged, solution.value, strict, "solve", reached(solution, tol, stop, operator.margin() > 0)
         )
@@ -271,18 +275,26 @@ class MonDEQ(nn.Module):
         rows = (near & ~found.converged).nonzero()[:, 0]
         if not len(rows):
             return found
-        exact, error = operator.matrix64()
-        wide = DenseOperator(exact.to(x.device), exact=(exact, error), derived=operator.shared_proofs())
-        U, b = (t.detach().double() for t in self._affine())
-        q = nn.functional.linear(x[rows].double(), U, b)
-        problem = Problem(wide, q, self.activation, self._injection_error(x[rows].double(), torch.float64))
-        again = solve(solver, problem, tuned(solver, wide, self.activation, q), tol / 2, stop)
-        value = again.value.to(found.value)
-        slip = torch.linalg.vector_norm(value.double() - again.value, dim=1) * (1 + 1e-9)
-        bound, steps = again.error_bound + slip, again.steps + found.steps[rows]
-        columns = value, again.converged, steps, again.residual, bound, again.truncation
-        pairs = zip(found.columns(), columns, strict=True)
+        again = self._solve_wide(x[rows], solver, operator, tol, stop)
+        again = replace(again, steps=again.steps + found.steps[rows])
+        pairs = zip(found.columns(), again.columns(), strict=True)
         return Solution(*(old.index_copy(0, rows, new.to(old)) for old, new in pairs))
+
+    def _solve_wide(self, x: Tensor, solver: Solver, operator: DenseOperator, tol: float, stop: Stop) -> Solution:
+        """Solved in float64, the answer rounded to float32, which the bound counts."""
+        q = nn.functional.linear(x.double(), *(t.detach().double() for t in self._affine()))
+
+        def prepare() -> tuple[DenseOperator, Tuning]:
+            exact, error = operator.matrix64()
+            wide = DenseOperator(exact.to(q.device), exact=(exact, error), derived=operator.shared_proofs())
+            return wide, tuned(solver, wide, self.activation, q)
+
+        wide, tuning = operator.once(("wide", solver, q.device), prepare)
+        problem = Problem(wide, q, self.activation, self._injection_error(x.double(), torch.float64))
+        found = solve(solver, problem, tuning, tol / 2, stop)
+        value = found.value.float()
+        slip = torch.linalg.vector_norm(value.double() - found.value, dim=1) * (1 + 1e-9)
+        return replace(found, value=value, error_bound=found.error_bound + slip)
 
     def _inject(self, x: Tensor) -> Tensor:
         """q = U x + b ``(B, n)`` after checking x."""
@@ -350,6 +362,12 @@ class MonDEQ(nn.Module):
             f"in_features={self.in_features}, features={self.features}, activation={self.activation}, "
             f"solver={self.solver}"
         )
+
+
+def _beyond_float32(operator: DenseOperator, tol: float) -> bool:
+    """Whether the truncation W e / m of a float32 iterate would stall above ``tol``, e being its last bits."""
+    margin = operator.margin()
+    return margin > 0 and tol * margin < 2 * torch.finfo(torch.float32).eps * (1 + operator.norm())
 
 
 @dataclass

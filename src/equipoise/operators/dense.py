@@ -53,7 +53,8 @@ class DenseOperator(MonotoneOperator):
         self.stores_cayley = cayley is not None
         self._derived = {} if derived is None else derived
 
-    def _once(self, key: Any, compute: Callable[[], T]) -> T:
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives, computed once for these weights."""
         if key not in self._derived:
             # kept constants must serve training as well, and be of the stored weights, not of a cast
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
@@ -69,7 +70,7 @@ class DenseOperator(MonotoneOperator):
         """(W in float64 on the CPU, e): both the stored matrix and ``weight`` are within e of it (2-norm)."""
         if self._exact is not None:
             return self._exact
-        return self._once("matrix64", lambda: self.weight.detach().to("cpu", torch.float64)), 0.0
+        return self.once("matrix64", lambda: self.weight.detach().to("cpu", torch.float64)), 0.0
 
     def apply(self, z: Tensor) -> Tensor:
         return torch.nn.functional.linear(z, self.weight)
@@ -84,7 +85,7 @@ class DenseOperator(MonotoneOperator):
         return (y.mT @ z,)
 
     def margin(self) -> float:
-        return self._once("margin", self._prove_margin)
+        return self.once("margin", self._prove_margin)
 
     def _prove_margin(self) -> float:
         bound = verified.margin(*self.matrix64())
@@ -93,7 +94,7 @@ class DenseOperator(MonotoneOperator):
         return max(bound, verified.down(self._margin_floor - self.representation_error))
 
     def lipschitz(self) -> float:
-        return self._once("lipschitz", self._prove_lipschitz)
+        return self.once("lipschitz", self._prove_lipschitz)
 
     def _prove_lipschitz(self) -> float:
         bound = verified.lipschitz(*self.matrix64())
@@ -102,17 +103,17 @@ class DenseOperator(MonotoneOperator):
         return min(bound, verified.up(self._lipschitz_ceiling + self.representation_error))
 
     def norm(self) -> float:
-        return self._once("norm", lambda: verified.spectral_norm(*self.matrix64()))
+        return self.once("norm", lambda: verified.spectral_norm(*self.matrix64()))
 
     def absolute_norm(self) -> float:
         matrix, error = self.matrix64()
-        return self._once("absolute_norm", lambda: verified.up(verified.absolute_norm(matrix) + error * self.features))
+        return self.once("absolute_norm", lambda: verified.up(verified.absolute_norm(matrix) + error * self.features))
 
     def cayley(self, alpha: float) -> Tensor:
         formed = [key for key in self._derived if isinstance(key, tuple) and key[0] == "cayley"]
         if len(formed) >= MATRICES and ("cayley", alpha) not in formed:
             del self._derived[formed[0]]
-        return self._once(("cayley", alpha), lambda: self._form_cayley(alpha))
+        return self.once(("cayley", alpha), lambda: self._form_cayley(alpha))
 
     def _form_cayley(self, alpha: float) -> Tensor:
         weight = self.weight.detach()
@@ -131,12 +132,12 @@ class DenseOperator(MonotoneOperator):
         return inverse
 
     def cayley_norm(self, alpha: float) -> float:
-        return self._once(("cayley_norm", alpha), lambda: power_norm(self._form_cayley(alpha)))
+        return self.once(("cayley_norm", alpha), lambda: power_norm(self._form_cayley(alpha)))
 
     def best_alpha(self) -> float:
         if self.stored_cayley is not None:
             return self.stored_cayley[0]
-        return self._once("best_alpha", self._minimise_cayley_norm)
+        return self.once("best_alpha", self._minimise_cayley_norm)
 
     def _minimise_cayley_norm(self) -> float:
         weight = self.weight.detach()
@@ -159,7 +160,7 @@ class DenseOperator(MonotoneOperator):
             step.diagonal().add_(1 - alpha)
             return power_norm(step)
 
-        return self._once(("forward_norm", alpha), compute)
+        return self.once(("forward_norm", alpha), compute)
 
     def transposed(self) -> TransposedOperator:
         return TransposedOperator(self)
