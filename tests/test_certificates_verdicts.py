@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +242,40 @@ def test_empty_inputs() -> None:
     assert c.to_dict()["displacement"] == []
     alone = eq.certify(model[0], model[0], torch.empty(0, 4))
     assert (alone.verdict, alone.unproved) == ("certified", None)
+
+
+# As an object
+
+
+def test_certificates_are_frozen_plain_values() -> None:
+    model = nn.Sequential(eq.MonDEQ(3, 4), nn.Linear(4, 2))
+    quantized, x = eq.quantize(model, eq.Structured(3)), torch.randn(6, 3)
+    bad = dense([5.0, 5.0], [5.0, 5.0])
+    for c in (eq.certify(model), eq.certify(quantized, model), eq.certify(quantized, model, x), eq.certify(bad)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            c.margin = 2.0
+        plain = json.loads(c.to_json(), parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
+        assert plain == c.to_dict()
+        assert set(plain) == {field.name for field in dataclasses.fields(c)}
+        lines = str(c).splitlines()
+        assert len(lines) == len(c.summary()) > 2
+        assert len({len(line) - len(line.split("  ")[-1].lstrip()) for line in lines}) == 1  # aligned
+        assert c.verdict in lines[0]
+    overflow = dataclasses.replace(c, displacement=torch.tensor([math.inf, 1.0]), rate=math.nan)
+    assert json.loads(overflow.to_json())["displacement"] == [None, 1.0]
+    assert "inf" not in str(overflow)
+
+
+def test_printed_bounds_are_rounded_to_the_safe_side() -> None:
+    c = eq.certify(dense([1 / 3, 0.0], [0.0, -1 / 3]))
+    shown = dict(dataclasses.replace(c, agreement=0.99996, displacement=torch.tensor([1 / 3])).summary())
+    assert shown["margin, at least"] == "0.666666"
+    assert shown["Lipschitz constant, at most"] == "1.33334"
+    assert shown["displacement, largest proved bound"] == "0.3334"
+    assert shown["class proved unchanged"] == "99.99 % of inputs"
+    huge = dict(dataclasses.replace(c, margin=1e-30, lipschitz=1e200).summary())
+    assert Fraction(huge["margin, at least"].replace("−", "-")) <= Fraction(1e-30)
+    assert Fraction(huge["Lipschitz constant, at most"]) >= Fraction(1e200)
 
 
 # How far an input moves an output

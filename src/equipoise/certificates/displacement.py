@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..activations import Activation
+from ..errors import InputError
 from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
@@ -113,6 +114,8 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
     ``a`` is here's computed input; ``doubt (B, 2)`` bounds its distance to here's and there's exact inputs.
     """
     v = here.operator.apply(w) + a.through(here)
+    if not bool(torch.isfinite(v).all()):
+        raise InputError("W z + U x + b overflows float64 for some inputs; scale the inputs or the weights down")
     p = here.activation(v)
     evaluation = here.activation.evaluation_error(p)
     delta = verified.row_norms(evaluation) * SLACK if isinstance(evaluation, Tensor) else p.new_zeros(len(p))

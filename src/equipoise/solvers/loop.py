@@ -29,7 +29,7 @@ Stop = Literal["bound", "residual"]
 MAX_STEPS = 20_000
 """A budget no default exceeds; a solver's own ``max_steps`` may."""
 
-CHUNK = 2**18
+CHUNK = 2**21
 """Entries of an iterate worked on at a time on a CPU: what stays in its cache between passes."""
 
 
@@ -62,13 +62,14 @@ class Tuning(NamedTuple):
 
     ``rate`` is the computed contraction factor (None where nothing is known); ``gain`` turns ‖T(u) − u‖ into an
     estimate of ‖z − z*‖ (None where no margin is proved: then ‖T(u) − u‖ itself is compared with the
-    tolerance). ``pace`` and ``lead`` are what a trial run saw: its contraction per step, and its relative error
+    tolerance). ``keen`` is an optimistic gain, for those who measure the error before they believe it. ``pace`` and ``lead`` are what a trial run saw: its contraction per step, and its relative error
     after one step. All choose steps and say when to look; they certify nothing.
     """
 
     alpha: float
     rate: float | None
     gain: float | None
+    keen: float | None = None
     pace: float | None = None
     lead: float = 1.0
 
@@ -145,7 +146,7 @@ class Schedule(NamedTuple):
         """First look where a trial run suggests; a budget well above the a-priori count.
 
         Where a judge measures errors the first look is early, since what it measures makes the next ones sharp;
-        where it does not, early looks would only cost.
+        where nobody does, early looks would only cost.
         """
         expected, horizon = 30.0, None
         if tuning.rate is not None and 0 < tuning.rate < 1:
@@ -155,7 +156,7 @@ class Schedule(NamedTuple):
             expected = max(math.log(min(tol / tuning.lead, 0.9)) / math.log(tuning.pace), 2.0)
         expected = min(expected, MAX_STEPS / 2)
         first = solver.check_every or max(2, math.floor((0.65 if measured else 1.1) * expected))
-        every = solver.check_every or max(2, math.ceil((0.08 if measured else 0.2) * expected))
+        every = solver.check_every or max(2, math.ceil((0.1 if measured else 0.2) * expected))
         budget = MAX_STEPS // 10 if horizon is None else min(MAX_STEPS, math.ceil(3 * horizon) + 100)
         return cls(first, every, solver.max_steps or min(max(budget, 2 * first), MAX_STEPS))
 
@@ -208,7 +209,8 @@ class _Run:
         self.total = len(q)
         self.rows = torch.arange(self.total, device=q.device)
         self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
-        gain = tuning.gain if stop == "bound" and tuning.gain is not None else 1.0
+        gain = tuning.gain if judge is None or tuning.keen is None else tuning.keen
+        gain = gain if stop == "bound" and gain is not None else 1.0
         self.gain = q.new_full((self.total,), gain)
         self.still = 4 * torch.finfo(q.dtype).eps
         # the step from which on each sample is looked at again, by its own forecast, and the earliest of them
@@ -253,7 +255,7 @@ class _Run:
         left = int(self.alive.sum())
         if left:
             self._forecast(step, self.gain * move / (self.tol * size))
-        if 0 < left < 0.75 * len(self.alive) and self.state.image.numel() > SMALL:
+        if 0 < left < 0.6 * len(self.alive) and self.state.image.numel() > SMALL:
             self._compact()
         return left == 0
 
@@ -271,8 +273,7 @@ class _Run:
                 target[self.rows[self.alive]] = column[self.alive]
 
     def _judge(self, step: int, judge: Judge, w: Tensor, move: Tensor, ready: Tensor, hopeless: Tensor) -> None:
-        # at the first look everyone is judged: it tells how each sample's movement relates to its error
-        look = self.alive if step == self.schedule.first else self.alive & (ready | hopeless)
+        look = self.alive & (ready | hopeless)
         count = int(look.sum())
         if count == 0:
             return

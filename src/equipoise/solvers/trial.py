@@ -48,11 +48,15 @@ def tuned(solver: Solver, operator: MonotoneOperator, activation: Activation, li
     if not bool(usable.any()) or len(moves) < 3:
         return tuning
     first, last, size = (t[usable] for t in (moves[0], moves[-1], found.size))
-    gain = min(float((found.truncation[usable] / last).median()), tuning.gain)
+    ratios = found.truncation[usable] / last
+    gain = min(float(ratios.median()), tuning.gain)
     pace = float((last / first).pow(1 / (len(moves) - 1)).median())
     if not (gain > 0 and 0 < pace < 1):
         return tuning
-    return tuning._replace(gain=gain, pace=pace, lead=max(float((gain * first / size).median()), 1e-3))
+    keen = min(float(ratios.min()) / 2, gain)
+    return tuning._replace(
+        gain=gain, keen=keen if keen > 0 else None, pace=pace, lead=max(float((gain * first / size).median()), 1e-3)
+    )
 
 
 def _move(t: Tensor) -> Tensor:
