@@ -61,9 +61,10 @@ class Tuning(NamedTuple):
     """What a solver derives from an operator once: its step, its rate, and how to read its residual.
 
     ``rate`` is the computed contraction factor (None where nothing is known); ``gain`` turns ‖T(u) − u‖ into an
-    estimate of ‖z − z*‖ (None where no margin is proved: then ‖T(u) − u‖ itself is compared with the
-    tolerance). ``keen`` is an optimistic gain, for those who measure the error before they believe it. ``pace`` and ``lead`` are what a trial run saw: its contraction per step, and its relative error
-    after one step. All choose steps and say when to look; they certify nothing.
+    estimate of ‖z − z*‖ (None where no margin is proved: then ‖T(u) − u‖ itself is compared with the tolerance);
+    ``keen`` is an optimistic gain, for those who measure the error before they believe it. ``pace`` and ``lead``
+    are what a trial run saw: its contraction per step, and its relative error after one step. All choose steps
+    and say when to look; they certify nothing.
     """
 
     alpha: float
