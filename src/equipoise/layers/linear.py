@@ -112,5 +112,5 @@ def affine64(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor, float
 
 
 def _rounds(value: QuantizedTensor | Tensor) -> bool:
-    """Whether code · scale is inexact in float64: a 24-bit scale times at most 29 bits is not."""
-    return isinstance(value, QuantizedTensor) and value.bits > 16
+    """Whether code · scale is inexact in float64."""
+    return isinstance(value, QuantizedTensor) and not value.exact

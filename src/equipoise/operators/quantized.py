@@ -192,8 +192,8 @@ class CayleyWeight(QuantizedWeight):
         plus, minus = eye + C, eye - C
         quotient, info = torch.linalg.solve_ex(plus, minus, left=False)
         exact = eye - quotient / alpha
-        # above 16 bits code · scale is rounded, and an inverse near C̃ = −I magnifies that
-        code = verified.UNIT * verified.absolute_norm(C) * (1 + 1e-15) if self.C.bits > 16 else 0.0
+        # where code · scale is rounded, an inverse near C̃ = −I magnifies that
+        code = verified.UNIT * verified.absolute_norm(C) * (1 + 1e-15) if not self.C.exact else 0.0
         forming_plus = verified.UNIT * verified.absolute_norm(plus) + code
         inverse_norm = verified.quotient_norm(eye, plus, error_q=verified.up(forming_plus * (1 + 1e-15)))
         if int(info) != 0 or inverse_norm is None or not bool(torch.isfinite(exact).all()):
@@ -208,7 +208,7 @@ class CayleyWeight(QuantizedWeight):
         return exact, verified.up((error + forming) * (1 + 1e-12))
 
     def proofs(self) -> dict[str, Any]:
-        if self.C.bits > 16:  # the float64 C is not quite the stored one: only what `assemble` bounds is proved
+        if not self.C.exact:  # the float64 C is not quite the stored one: only what `assemble` bounds is proved
             return {}
         C, alpha = self.C.dequantize().cpu(), float(self.alpha)
         return {

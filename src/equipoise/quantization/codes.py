@@ -135,6 +135,11 @@ class QuantizedTensor(nn.Module):
         return self.codes.shape
 
     @property
+    def exact(self) -> bool:
+        """Whether code · scale is exact in float64: a float32 scale has 24 bits, a code at most 16."""
+        return self.bits <= 16 and self.scale.dtype == torch.float32
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes in a file: the codes at their bits, densely packed, and the scales as they are."""
         return _packed_length(self.codes.numel(), self.bits) + self.scale.numel() * self.scale.element_size()

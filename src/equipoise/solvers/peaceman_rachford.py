@@ -18,6 +18,10 @@ from .loop import Problem, Solver, Tuning
 __all__ = ["DouglasRachford", "PeacemanRachford", "PeacemanRachfordMap"]
 
 
+LARGE = 512
+"""Features above which the best step is taken as found: each further try would invert a large matrix."""
+
+
 class PeacemanRachfordMap(FixedPointMap):
     """T(u) = (1 − θ) u + θ (C_α reflect(u) + c); the equilibrium is prox_{αf}(u)."""
 
@@ -85,7 +89,7 @@ class PeacemanRachford(_Reflection):
 def _largest_good_step(operator: MonotoneOperator) -> float:
     best = operator.best_alpha()
     norm = operator.cayley_norm(best)
-    if not 0 < norm < 1 or operator.stores_cayley:
+    if not 0 < norm < 1 or operator.stores_cayley or operator.features > LARGE:
         return best
     for widening in (2.0, 1.75, 1.5, 1.3, 1.15):
         if operator.cayley_norm(best * widening) <= norm**0.9:
