@@ -6,6 +6,8 @@ import copy
 import importlib
 import math
 import random
+from fractions import Fraction
+from operator import mul
 from typing import Any
 
 import mpmath
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.certificates import Certifier, displacement
 from equipoise.layers.chain import chain
-from equipoise.layers.linear import QuantizedLinear
+from equipoise.layers.linear import QuantizedLinear, quantize_linear
 from equipoise.quantization import QuantizedTensor
 from problems import equilibrium, exact_rows, matrix
 
@@ -183,6 +185,48 @@ def test_linear_modules_carry_every_error(k: int, m: int) -> None:
                 V, c = values(quantized, stored)
                 ratios.append(check_trace(after, exact_q @ V.mT + c, exact_r @ R.mT + s))
             assert k > 1 or bool((torch.stack(ratios).amax(0) > 0.999).all()), "not reached in one dimension"
+
+
+def fractions(value: Any, used: Tensor | None = None) -> list[list[Fraction]]:
+    """The rows of a matrix or vector exactly, of codes without rounding; or those of ``used``."""
+    if used is None and isinstance(value, QuantizedTensor):
+        scales = value.scale.double().expand(value.codes.shape)
+        pairs = zip(*(torch.atleast_2d(t).tolist() for t in (value.codes, scales)), strict=True)
+        return [[int(c) * Fraction(s) for c, s in zip(*pair, strict=True)] for pair in pairs]
+    rows = torch.atleast_2d((value if used is None else used).detach().double()).tolist()
+    return [[Fraction(entry) for entry in row] for row in rows]
+
+
+def apart(a: list[Fraction], b: list[Fraction]) -> Fraction:
+    """The squared distance."""
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("bits", "bias_bits"), [(None, None), (32, None), (None, 32), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_linear_modules_count_every_rounding(bits: int | None, bias_bits: int | None, dtype: torch.dtype) -> None:
+    """Exact inputs, exact arithmetic: what is left is rounding, of storage and of products."""
+    for k, size in ((1, 1.0), (1, 0.0), (20, 1.0)):
+        one = nn.Linear(k, 3).to(dtype)
+        coded = quantize_linear(one, eq.Assembled(4), bits, bias_bits)
+        if bits == 8:
+            coded.weight = QuantizedTensor.from_codes(coded.weight.codes, coded.weight.scale.double() * 1.1, 8)
+        twin = nn.Linear(k, 3).double()
+        with torch.no_grad():
+            twin.weight.copy_(values(coded, True)[0])
+            twin.bias.copy_(values(coded, True)[1])
+        x = size * torch.randn(12, k, dtype=F64)
+        after = displacement.linear_trace(coded, twin, displacement.start(x))
+        dense = coded.dense() if isinstance(coded, QuantizedLinear) else (None, None)
+        for used in ((None, None), dense):
+            V, (c,) = (fractions(v, u) for v, u in zip((coded.weight, coded.bias), used, strict=True))
+            R, (s,) = fractions(twin.weight), fractions(twin.bias)
+            for i, a in enumerate(fractions(x)):
+                q, r = ([sum(map(mul, row, a)) + t for row, t in zip(*m, strict=True)] for m in ((V, c), (R, s)))
+                (out_q,), (out_r,) = fractions(after.quantized[i]), fractions(after.reference[i])
+                truths = apart(out_q, q), apart(out_r, r), apart(q, r), apart(out_q, r)
+                for truth, bound in zip(truths, after[2:], strict=True):
+                    assert truth <= Fraction(float(bound[i])) ** 2
 
 
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (3, 2)])

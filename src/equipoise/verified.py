@@ -21,24 +21,9 @@ from torch import Tensor
 from .errors import InputError, OptionError
 
 __all__ = [
-    "TINY",
-    "UNIT",
-    "absolute_norm",
-    "cayley_lipschitz",
-    "cayley_margin",
-    "cayley_norm",
-    "down",
-    "gamma",
-    "is_positive_semidefinite",
-    "lipschitz",
-    "margin",
-    "min_eigenvalue",
-    "product_rounding",
-    "quotient_norm",
-    "row_norms",
-    "row_norms_lower",
-    "spectral_norm",
-    "up",
+    "TINY", "UNIT", "absolute_norm", "cayley_lipschitz", "cayley_margin", "cayley_norm", "down", "gamma",
+    "is_positive_semidefinite", "lipschitz", "margin", "min_eigenvalue", "product_rounding", "quotient_norm",
+    "row_norms", "row_norms_lower", "spectral_norm", "up",
 ]  # fmt: skip
 
 UNIT = 2.0**-53
