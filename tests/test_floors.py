@@ -20,8 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "equipoise"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "verified", "activations"),
-    ("parametrizations.monotone", "quantization.rounding", "quantization.codes", "quantization.schemes"),
+    ("errors", "verified", "norms", "activations"),
+    (
+        "parametrizations.monotone",
+        "parametrizations.nemon",
+        "quantization.rounding",
+        "quantization.codes",
+        "quantization.schemes",
+    ),
     ("operators.base", "operators.dense", "operators.quantized"),
     (
         "solvers.loop",
@@ -35,7 +41,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "solvers.posterior",
         "solvers.trial",
     ),
-    ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
+    (
+        "implicit",
+        "layers.arguments",
+        "layers.cache",
+        "layers.linear",
+        "layers.equilibrium",
+        "layers.mondeq",
+        "layers.nemon",
+        "layers.chain",
+    ),
     (
         "quantize",
         "certificates.printed",

@@ -22,7 +22,7 @@ from .errors import (
 )
 from .files import load, save
 from .importers import import_model
-from .layers import MonDEQ
+from .layers import NEMON, MonDEQ
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
 from .solvers import (
@@ -41,6 +41,7 @@ __version__ = _version("equipoise")
 
 __all__ = [
     "ELU",
+    "NEMON",
     "Activation",
     "Anderson",
     "Assembled",

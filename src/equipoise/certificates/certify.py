@@ -13,8 +13,8 @@ from .. import verified
 from ..errors import InputError, OptionError, StructureError
 from ..layers.arguments import check_finite
 from ..layers.chain import chain, equilibrium_layers, final_head
+from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
-from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
 from ..quantization.schemes import scheme_to_dict
 from . import displacement as moved
@@ -109,7 +109,7 @@ def _certify(
 
 
 def _layer_certificate(
-    layer: MonDEQ, proofs: Proofs, reference: nn.Module | None, name: str, tol: float
+    layer: EquilibriumLayer, proofs: Proofs, reference: nn.Module | None, name: str, tol: float
 ) -> Certificate:
     operator = proofs.quantized
     margin, lipschitz = operator.margin(), operator.lipschitz()
@@ -145,7 +145,7 @@ def _layer_certificate(
     )
 
 
-def _relative(layer: MonDEQ, reference: MonDEQ, delta_norm: float, margin: float) -> float | None:
+def _relative(layer: EquilibriumLayer, reference: EquilibriumLayer, delta_norm: float, margin: float) -> float | None:
     """C3: δ/(1 − δ) with δ = ‖ΔW‖₂/m < 1, where U and b are unchanged."""
     if not _same_affine(layer.injection, reference.injection) or margin <= 0:
         return None
@@ -165,16 +165,16 @@ def _fed_alike(model: nn.Module, pairs: list[Pair]) -> dict[str, bool]:
     """For each layer whether both networks surely give it the same input: nothing before it was changed."""
     found, alike = {}, True
     for (name, module), (_, other) in zip(chain(model), pairs, strict=True):
-        if isinstance(module, MonDEQ):
+        if isinstance(module, EquilibriumLayer):
             found[name], alike = alike, False
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             alike = alike and _same_affine(module, other)
     return found
 
 
-def _counterpart(reference: nn.Module, name: str) -> MonDEQ:
+def _counterpart(reference: nn.Module, name: str) -> EquilibriumLayer:
     module = reference.get_submodule(name)
-    assert isinstance(module, MonDEQ)
+    assert isinstance(module, EquilibriumLayer)
     return module
 
 
@@ -188,13 +188,17 @@ def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
         here, there = _shape(module), _shape(other)
         if here != there:
             raise StructureError(f"module {name!r}: the model has {here}, the reference {there}")
-        if isinstance(module, MonDEQ) and isinstance(other, MonDEQ) and module.activation != other.activation:
+        if (
+            isinstance(module, EquilibriumLayer)
+            and isinstance(other, EquilibriumLayer)
+            and module.activation != other.activation
+        ):
             raise StructureError(f"layer {name!r}: activation {module.activation}, in the reference {other.activation}")
     return [(module, other) for (_, module), (_, other) in zip(ours, theirs, strict=True)]
 
 
 def _shape(module: nn.Module) -> str:
-    if isinstance(module, MonDEQ):
+    if isinstance(module, EquilibriumLayer):
         return f"an equilibrium layer {module.in_features} -> {module.features}"
     if isinstance(module, (nn.Linear, QuantizedLinear)):
         return f"a linear module {module.in_features} -> {module.out_features}"
@@ -220,10 +224,10 @@ def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     probe = torch.zeros(2, *inputs.shape[1:], dtype=torch.float64, device="cpu")
     for name, module in chain(model):
         shape = (len(inputs), *probe.shape[1:])
-        if isinstance(module, (MonDEQ, nn.Linear, QuantizedLinear)):
+        if isinstance(module, (EquilibriumLayer, nn.Linear, QuantizedLinear)):
             if probe.ndim != 2 or probe.shape[1] != module.in_features:
                 raise InputError(f"module {name!r} takes (batch, {module.in_features}); the inputs give it {shape}")
-            probe = probe.new_zeros(2, module.features if isinstance(module, MonDEQ) else module.out_features)
+            probe = probe.new_zeros(2, module.features if isinstance(module, EquilibriumLayer) else module.out_features)
         else:
             probe = moved.evaluated(module, probe)
             if probe.ndim < 2 or len(probe) != 2:
@@ -259,7 +263,7 @@ def _with_inputs(
     for begin in range(0, max(len(inputs), 1), CHUNK):
         trace = moved.start(inputs[begin : begin + CHUNK].detach().to("cpu", torch.float64))
         for name, (module, other) in zip(names, pairs, strict=True):
-            if isinstance(module, MonDEQ):
+            if isinstance(module, EquilibriumLayer):
                 trace = moved.equilibrium_trace(*sides[name], trace, known, f"{name} {begin}")
                 actual = verified.row_norms(trace.quantized - trace.reference)
                 error = (trace.error_q + trace.error_r) * moved.SLACK + actual * 1e-12

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .. import verified
 from ..activations import Activation
 from ..errors import InputError
+from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
-from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
 from ..solvers import PeacemanRachford, Problem, solve, tuned
 
@@ -45,7 +45,7 @@ class Side:
     spread_U: float
 
     @classmethod
-    def of(cls, layer: MonDEQ, operator: DenseOperator) -> Side:
+    def of(cls, layer: EquilibriumLayer, operator: DenseOperator) -> Side:
         """``operator``: the layer's proved one; the computations here use its exact matrix."""
         matrix, error = operator.matrix64()
         wide = DenseOperator(matrix, exact=(matrix, error), derived=dict(operator.shared_proofs()))

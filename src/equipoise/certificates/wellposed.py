@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .. import verified
 from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
 from ..layers.chain import chain, equilibrium_layers
+from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
-from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator, QuantizedWeight
 from ..operators.quantized import AssembledWeight
 from ..solvers import ForwardBackward
@@ -23,12 +23,12 @@ from ..solvers import ForwardBackward
 __all__ = ["Perturbation", "fresh_operator", "input_lipschitz", "lipschitz", "margin", "observe", "perturbation"]
 
 
-def fresh_operator(layer: MonDEQ) -> DenseOperator:
+def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
     """The layer's operator made anew from its stored tensors: no constant computed earlier is trusted."""
     with torch.no_grad():
         if isinstance(layer.recurrent, QuantizedWeight):
             return layer.recurrent.operator(layer.bias.detach())
-        return DenseOperator(layer.recurrent().detach())
+        return DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
 
 
 def margin(model: nn.Module) -> float:
@@ -53,7 +53,7 @@ def input_lipschitz(model: nn.Module) -> float | None:
     """
     bound = 1.0
     for _, module in chain(model):
-        if isinstance(module, MonDEQ):
+        if isinstance(module, EquilibriumLayer):
             m = fresh_operator(module).margin()
             if m <= 0:
                 return None
@@ -86,7 +86,7 @@ class Perturbation:
     predeployment: bool | None
 
 
-def perturbation(layer: MonDEQ, operator: DenseOperator, reference: DenseOperator) -> Perturbation:
+def perturbation(layer: EquilibriumLayer, operator: DenseOperator, reference: DenseOperator) -> Perturbation:
     """ΔW between a quantized layer and its float reference, bounded."""
     (tilde, e_tilde), (exact, e) = operator.matrix64(), reference.matrix64()
     delta = tilde - exact
@@ -96,7 +96,7 @@ def perturbation(layer: MonDEQ, operator: DenseOperator, reference: DenseOperato
     return Perturbation(delta, norm, norm < m, _predeployment(layer, m))
 
 
-def _predeployment(layer: MonDEQ, m: float) -> bool | None:
+def _predeployment(layer: EquilibriumLayer, m: float) -> bool | None:
     """nΔ/2 < m with Δ the step of the ``max`` rule; one bit and fitted scales have no such check."""
     weights = layer.recurrent
     if not isinstance(weights, AssembledWeight) or weights.codes.bits < 2:
@@ -131,7 +131,7 @@ def observe(model: nn.Module, inputs: Tensor) -> Literal["unknown", "converged",
 
 def _settles(model: nn.Module, a: Tensor) -> bool:
     for _, module in chain(model):
-        if not isinstance(module, MonDEQ):
+        if not isinstance(module, EquilibriumLayer):
             a = module(a)
             continue
         try:

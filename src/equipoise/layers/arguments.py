@@ -11,7 +11,16 @@ from ..errors import InputError, OptionError
 from ..solvers import Solution, Solver
 from ..solvers.loop import Stop
 
-__all__ = ["check_finite", "check_solver", "check_tensors", "check_tol", "reached", "refuse"]
+__all__ = [
+    "check_affine",
+    "check_finite",
+    "check_solver",
+    "check_square",
+    "check_tensors",
+    "check_tol",
+    "reached",
+    "refuse",
+]
 
 
 def reached(solution: Solution, tol: float, stop: Stop, proved: bool) -> str:
@@ -56,3 +65,18 @@ def check_finite(tensor: Tensor, name: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InputError(f"{name} holds {bad} NaN or infinite entries of {tensor.numel()}")
+
+
+def check_square(W: Tensor) -> None:
+    if W.ndim != 2 or W.shape[0] != W.shape[1]:
+        raise InputError(f"W is {tuple(W.shape)}; a square matrix (n, n) is needed")
+    check_finite(W, "W")
+
+
+def check_affine(W: Tensor, U: Tensor, b: Tensor) -> None:
+    """Whether U ``(n, d)`` and b ``(n,)`` fit W ``(n, n)``, and all are finite."""
+    n = W.shape[0]
+    if U.ndim != 2 or U.shape[0] != n or tuple(b.shape) != (n,):
+        raise InputError(f"U is {tuple(U.shape)} and b is {tuple(b.shape)}; needed are ({n}, d) and ({n},)")
+    for tensor, name in ((W, "W"), (U, "U"), (b, "b")):
+        check_finite(tensor, name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import StructureError
+from .equilibrium import EquilibriumLayer
 from .linear import QuantizedLinear
 from .mondeq import MonDEQ
+from .nemon import NEMON
 
 __all__ = ["EQUILIBRIUM", "LIPSCHITZ_ONE", "chain", "equilibrium_layers", "final_head"]
 
-EQUILIBRIUM = (MonDEQ,)
+EQUILIBRIUM = (MonDEQ, NEMON)
 """Equilibrium layers: a new kind registers here."""
 
 LIPSCHITZ_ONE = (
@@ -70,8 +72,9 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
         )
 
 
-def equilibrium_layers(model: nn.Module) -> list[tuple[str, MonDEQ]]:
+def equilibrium_layers(model: nn.Module) -> list[tuple[str, EquilibriumLayer]]:
     """The equilibrium layers of ``model`` in order; raises :class:`StructureError` where there is none."""
+    found: list[tuple[str, EquilibriumLayer]]
     found = [(name, module) for name, module in chain(model) if isinstance(module, EQUILIBRIUM)]
     if not found:
         raise StructureError(f"{type(model).__name__} has no equilibrium layer; nothing to quantize or certify")

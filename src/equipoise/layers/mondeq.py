@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..activations import Activation, ReLU, as_activation
-from ..errors import InputError, NotWellPosedError, OptionError
-from ..implicit import attach, equilibrate, report_failures
-from ..operators import DenseOperator, QuantizedWeight
-from ..operators.base import product_rounding
+from ..activations import Activation, ReLU
+from ..errors import NotWellPosedError
 from ..parametrizations import Dense, Monotone
-from ..quantization.schemes import Scheme
-from ..solvers import PeacemanRachford, Problem, Solution, Solver, Tuning, solve, tuned
-from ..solvers.loop import Stop
-from .arguments import check_finite, check_solver, check_tensors, check_tol, reached, refuse
-from .cache import Derived, keeping
-from .linear import QuantizedLinear, affine64
+from ..solvers import PeacemanRachford, Solver
+from .arguments import check_affine, check_square, check_tensors, refuse
+from .equilibrium import EquilibriumLayer
 
 __all__ = ["MonDEQ"]
 
-REFRESH = 50, 800
-"""In training the solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move
-less and less, and a search costs as much as some twenty steps of training."""
 
-NEAR = 1e-3
-"""A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
-
-DRIFT = 0.3
-"""It is searched for at once where the weights moved by this part of their norm since."""
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-class MonDEQ(nn.Module):
+@final
+class MonDEQ(EquilibriumLayer):
     """x ``(B, d)`` ↦ z* ``(B, n)``, the one solution of z = σ(W z + U x + b) [WK20].
 
     W = (1 − m) I − AᵀA + B − Bᵀ has margin m > 0, so z* exists, is unique, and the solver reaches it.
@@ -75,20 +57,9 @@ class MonDEQ(nn.Module):
         backward_tol: float | None = None,
         strict: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value in (("in_features", in_features), ("features", features)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} is {value!r}; it is a positive integer")
-        self.recurrent: nn.Module = Monotone(features, rank, margin, learn_margin)
-        self.injection: nn.Module = nn.Linear(in_features, features)
-        self.in_features, self.features = in_features, features
-        self.activation, self.solver = as_activation(activation), check_solver(solver)
-        self.tol = None if tol is None else check_tol(tol)
-        self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
-        self.strict = strict
-        self.scheme: Scheme | None = None
-        self._derived, self._derived_injection = Derived(), Derived()
-        self._tunings: dict[Solver, _Tuned] = {}
+        self._check_sizes(in_features=in_features, features=features)
+        weights = Monotone(features, rank, margin, learn_margin)
+        super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, strict)
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, **options: Any) -> MonDEQ:
@@ -113,9 +84,7 @@ class MonDEQ(nn.Module):
         for option in ("rank", "margin", "learn_margin"):
             refuse(options, "from_weights", option, "W is taken as it is")
         check_tensors(W=W, U=U, b=b)
-        if W.ndim != 2 or W.shape[0] != W.shape[1]:
-            raise InputError(f"W is {tuple(W.shape)}; a square matrix (n, n) is needed")
-        check_finite(W, "W")
+        check_square(W)
         if check:
             margin = verified.margin(W.detach().to("cpu", torch.float64))
             if margin <= 0:
@@ -129,260 +98,5 @@ class MonDEQ(nn.Module):
     @classmethod
     def _assemble(cls, recurrent: nn.Module, U: Tensor, b: Tensor, options: dict[str, Any]) -> MonDEQ:
         W = recurrent()
-        n = W.shape[0]
-        if U.ndim != 2 or U.shape[0] != n or tuple(b.shape) != (n,):
-            raise InputError(f"U is {tuple(U.shape)} and b is {tuple(b.shape)}; needed are ({n}, d) and ({n},)")
-        for tensor, name in ((W, "W"), (U, "U"), (b, "b")):
-            check_finite(tensor, name)
-        layer = cls(U.shape[1], n, rank=0, **options).to(W.device, W.dtype)
-        layer.recurrent = recurrent
-        assert isinstance(layer.injection, nn.Linear)
-        with torch.no_grad():
-            layer.injection.weight.copy_(U)
-            layer.injection.bias.copy_(b)
-        return layer
-
-    # What the layer is made of
-
-    @property
-    def weight(self) -> Tensor:
-        """W ``(n, n)``; of a quantized layer dequantized, read-only."""
-        if isinstance(self.recurrent, QuantizedWeight):
-            return self.operator.weight
-        with torch.autocast(self.bias.device.type, enabled=False):
-            W: Tensor = self.recurrent()
-        return W
-
-    @property
-    def input_weight(self) -> Tensor:
-        """U ``(n, d)``."""
-        return self._affine()[0]
-
-    @property
-    def bias(self) -> Tensor:
-        """b ``(n,)``."""
-        return self._affine()[1]
-
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        if isinstance(self.injection, QuantizedLinear):
-            weight, bias = self.injection.dense()
-            assert bias is not None
-            return weight, bias
-        assert isinstance(self.injection, nn.Linear)
-        return self.injection.weight, self.injection.bias
-
-    @property
-    def operator(self) -> DenseOperator:
-        """W as an operator; constants are computed once per weights, gradients flow through its products."""
-        with keeping():
-            return self._operator(self._derived.of(self.recurrent))
-
-    def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
-        if isinstance(self.recurrent, QuantizedWeight):
-            like = self._affine()[1]
-            if ("operator", like.dtype, like.device) not in kept:
-                kept["operator", like.dtype, like.device] = self.recurrent.operator(like)
-            operator: DenseOperator = kept["operator", like.dtype, like.device]
-            return operator
-        constants = kept.setdefault("constants", {})
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters()):
-            return DenseOperator(self.recurrent(), derived=constants)
-        if "weight" not in kept:
-            kept["weight"] = self.recurrent().detach()
-        return DenseOperator(kept["weight"], derived=constants)
-
-    # Solving
-
-    def forward(self, x: Tensor) -> Tensor:
-        """z* ``(B, n)`` for ``x (B, d)``, differentiable in x and the weights (implicitly, theory §3).
-
-        Warns (:class:`ConvergenceWarning`) of samples that run out of steps or overflow.
-
-        Raises:
-            InputError: x not ``(B, d)``, not floating point, NaN or infinite.
-        """
-        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-            q = self._inject(x)
-            if not len(q):
-                return self.activation(q)
-            operator, tuning = self._prepare(self.solver)
-            tol = self.tol if self.tol is not None else TOLERANCE[q.dtype]
-            problem = Problem(operator, q.detach(), self.activation)
-            w, done = equilibrate(self.solver, tuning, problem, tol)
-            if not bool(done.all()) and self._tunings[self.solver].age > 1:
-                tuning = self._retune(self.solver, operator)  # the step may be stale rather than the problem hard
-                w, done = equilibrate(self.solver, tuning, problem, tol)
-            report_failures(done, w, self.strict, "forward")
-            if not (q.requires_grad or any(t.requires_grad for t in operator.tensors())):
-                return self.activation(operator.apply(w).add_(q))
-            back_tol = tol if self.backward_tol is None else self.backward_tol
-
-            def back(adjoint: Problem) -> Tensor:
-                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol)
-                report_failures(settled, y, self.strict, "backward")
-                return y
-
-            return attach(q, w, self.activation, operator, back)
-
-    @torch.no_grad()
-    def solve(
-        self,
-        x: Tensor,
-        solver: Solver | None = None,
-        tol: float = 1e-6,
-        stop: Stop = "bound",
-        strict: bool = False,
-    ) -> Solution:
-        """Equilibria with what is proved about them: a :class:`Solution`, each field ``(B, …)``.
-
-        Args:
-            x: ``(B, d)``.
-            solver: default the layer's own.
-            tol: relative to ‖value‖. What float32 cannot resolve is finished in float64 and rounded.
-            stop: ``"bound"`` until the truncation part of the a-posteriori bound is at most tol · ‖value‖ (no
-                sample counts as converged where no margin is proved), ``"residual"`` until ‖w − p‖ is.
-            strict: raise :class:`ConvergenceError` instead of warning where a sample does not converge.
-        """
-        if stop not in ("bound", "residual"):
-            raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
-        check_tol(tol)
-        solver = self.solver if solver is None else check_solver(solver)
-        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-            q = self._inject(x)
-            operator, tuning = self._prepare(solver)
-            problem = Problem(operator, q, self.activation, self._injection_error(x))
-            if not len(q):
-                none = q.new_zeros(0, dtype=torch.float64)
-                return Solution(q, none.bool(), none.long(), none, none, none)
-            narrow = q.dtype == torch.float32 and solver.max_steps is None
-            if narrow and stop == "bound" and _beyond_float32(operator, tol):
-                solution = self._solve_wide(x, solver, operator, tol, stop)
-            else:
-                solution = solve(solver, problem, tuning, tol, stop)
-                if narrow:
-                    solution = self._finish_wide(x, solver, operator, tol, stop, solution)
-        report_failures(
-            solution.converged, solution.value, strict, "solve", reached(solution, tol, stop, operator.margin() > 0)
-        )
-        return solution
-
-    def _finish_wide(
-        self, x: Tensor, solver: Solver, operator: DenseOperator, tol: float, stop: Stop, found: Solution
-    ) -> Solution:
-        """The samples that float32 brought near but not to the tolerance, solved again in float64 and rounded."""
-        size = torch.linalg.vector_norm(found.value, dim=1)
-        near = (found.truncation if stop == "bound" else found.residual * size) <= NEAR * size
-        rows = (near & ~found.converged).nonzero()[:, 0]
-        if not len(rows):
-            return found
-        again = self._solve_wide(x[rows], solver, operator, tol, stop)
-        again = replace(again, steps=again.steps + found.steps[rows])
-        pairs = zip(found.columns(), again.columns(), strict=True)
-        return Solution(*(old.index_copy(0, rows, new.to(old)) for old, new in pairs))
-
-    def _solve_wide(self, x: Tensor, solver: Solver, operator: DenseOperator, tol: float, stop: Stop) -> Solution:
-        """Solved in float64, the answer rounded to float32, which the bound counts."""
-        q = nn.functional.linear(x.double(), *(t.detach().double() for t in self._affine()))
-
-        def prepare() -> tuple[DenseOperator, Tuning]:
-            exact, error = operator.matrix64()
-            wide = DenseOperator(exact.to(q.device), exact=(exact, error), derived=operator.shared_proofs())
-            return wide, tuned(solver, wide, self.activation, q)
-
-        wide, tuning = operator.once(("wide", solver, q.device), prepare)
-        problem = Problem(wide, q, self.activation, self._injection_error(x.double(), torch.float64))
-        found = solve(solver, problem, tuning, tol / 2, stop)
-        value = found.value.float()
-        slip = torch.linalg.vector_norm(value.double() - found.value, dim=1) * (1 + 1e-9)
-        return replace(found, value=value, error_bound=found.error_bound + slip)
-
-    def _inject(self, x: Tensor) -> Tensor:
-        """q = U x + b ``(B, n)`` after checking x."""
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.in_features:
-            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(
-                f"the input is {given}; (batch, {self.in_features}) is needed: flatten images with "
-                "torch.nn.Flatten, and give a single sample as x[None]"
-            )
-        if not x.is_floating_point():
-            raise InputError(f"the input is {x.dtype}; floating point is needed: x.float(), scaled as in training")
-        like = self._affine()[1]
-        if like.dtype not in TOLERANCE:
-            raise InputError(f"the layer is {like.dtype}; it solves in float32 or float64 (autocast is fine)")
-        q: Tensor = self.injection(x.to(like.dtype))
-        # One number tells of any NaN or infinity in x: U x spreads them, and so does the sum.
-        if not bool(torch.isfinite(q.detach().sum())) and not bool(torch.isfinite(q.detach()).all()):
-            rows = int((~torch.isfinite(q.detach()).all(dim=1)).sum())
-            raise InputError(
-                f"{rows} of {len(q)} samples give U x + b with NaN or infinite entries; clean the input "
-                "(torch.isfinite) or the weights"
-            )
-        return q
-
-    def _injection_error(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A bound ``(B,)`` on ‖fl(U x + b) − (U x + b)‖₂ in the layer's arithmetic, storage error included."""
-        kept = self._derived_injection.of(self.injection)
-        if "norms" not in kept:
-            assert isinstance(self.injection, (nn.Linear, QuantizedLinear))
-            U, b, e_U, e_b = affine64(self.injection)
-            kept["norms"] = verified.absolute_norm(U), float(b.abs().norm()) * (1 + 1e-12), e_U, e_b
-        spread, offset, e_U, e_b = kept["norms"]
-        dtype = dtype or self._affine()[1].dtype
-        info = torch.finfo(dtype)
-        gamma = product_rounding(2 * self.in_features + 8, x.new_empty(0, dtype=dtype))
-        size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)
-        cast = info.eps if x.dtype.itemsize > dtype.itemsize else 0.0  # x itself was rounded
-        return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
-
-    def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
-        """The operator with the solver's step for it; in training a step found some calls ago."""
-        with keeping():  # what is kept must serve training as well
-            kept = self._derived.of(self.recurrent)
-            operator = self._operator(kept)
-            if ("tuning", solver) not in kept:
-                check_finite(operator.weight.detach(), "the recurrent weights' W")
-                known = self._tunings.get(solver) if solver == self.solver else None
-                reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
-                tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
-                kept["tuning", solver] = tuning
-                if solver == self.solver:
-                    self._tunings[solver].age += 1
-        found: Tuning = kept["tuning", solver]
-        return operator, found
-
-    def _retune(self, solver: Solver, operator: DenseOperator) -> Tuning:
-        tuning = tuned(solver, operator, self.activation, self._affine()[1])
-        if solver == self.solver:
-            limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
-            self._tunings = {solver: _Tuned(tuning, operator.weight.detach().clone(), limit)}
-        return tuning
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, features={self.features}, activation={self.activation}, "
-            f"solver={self.solver}"
-        )
-
-
-def _beyond_float32(operator: DenseOperator, tol: float) -> bool:
-    """Whether the truncation W e / m of a float32 iterate would stall above ``tol``, e being its last bits."""
-    margin = operator.margin()
-    return margin > 0 and tol * margin < 2 * torch.finfo(torch.float32).eps * (1 + operator.norm())
-
-
-@dataclass
-class _Tuned:
-    """A tuning, the weights it was found for, when it expires, and its age, both in calls."""
-
-    tuning: Tuning
-    weight: Tensor
-    limit: int
-    age: int = 0
-
-    def serves(self, operator: DenseOperator) -> bool:
-        """Whether it is young enough and the weights moved little since."""
-        now, then = operator.weight.detach(), self.weight
-        if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
-            return False
-        norm = torch.linalg.vector_norm
-        return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))
+        check_affine(W, U, b)
+        return cls(U.shape[1], len(W), rank=0, **options)._assembled(recurrent, W, U, b)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import verified
+from ..norms import EUCLIDEAN, Norm
 
 __all__ = ["FixedPointMap", "MonotoneOperator", "golden_section", "power_norm", "product_rounding"]
 
@@ -38,16 +39,23 @@ class FixedPointMap(ABC):
     def select(self, rows: Tensor) -> FixedPointMap:
         """The same map for the samples ``rows`` (indices)."""
 
+    def length(self, r: Tensor) -> Tensor:
+        """The size ``(B,)`` of each ``r (B, k)`` in the norm in which T contracts, where it does."""
+        size: Tensor = torch.linalg.vector_norm(r, dim=1)
+        return size
+
 
 class MonotoneOperator(ABC):
     """z ↦ W z with the constants of F₀ = I − W (theory §1–2).
 
     ``margin()`` is a proved lower bound of m = λ_min(sym(I − W)), ``lipschitz()`` and ``norm()`` proved
-    upper bounds of L = ‖I − W‖₂ and ‖W‖₂ (float64, rounding counted, theory §6). ``representation_error``
+    upper bounds of L = ‖I − W‖₂ and ‖W‖₂ (float64, rounding counted, theory §6). Where ``family`` is another norm
+    they are the same in that norm: 1 − μ(W), ‖I − W‖ and ‖W‖ (theory §7). ``representation_error``
     bounds in the 2-norm how far the matrix multiplied by may lie from the one its stored numbers define.
     """
 
     features: int
+    family: Norm = EUCLIDEAN
     representation_error: float = 0.0
     stores_cayley: bool = False
     """Whether C_α itself is what is stored, at ``best_alpha()``."""
@@ -92,6 +100,10 @@ class MonotoneOperator(ABC):
     @abstractmethod
     def best_alpha(self) -> float:
         """The α that minimises ‖C_α‖₂ (theory §2)."""
+
+    @abstractmethod
+    def averaging_step(self) -> float:
+        """α* = 1/(1 − min_i min(W_ii, 0)), rounded down: the step of averaged iterations (theory §7)."""
 
     @abstractmethod
     def forward_norm(self, alpha: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from .. import verified
 from ..errors import NotWellPosedError
+from ..norms import EUCLIDEAN, Norm, WeightedMax
 from .base import MonotoneOperator, golden_section, power_norm
 
-__all__ = ["DenseOperator", "TransposedOperator"]
+__all__ = ["DenseOperator", "TransposedOperator", "averaging_step"]
 
 T = TypeVar("T")
 
@@ -30,6 +32,9 @@ class DenseOperator(MonotoneOperator):
         margin_floor: a margin of ``exact`` proved by other means (algebra), if any.
         lipschitz_ceiling: likewise for the Lipschitz constant.
         cayley: (α, C_α) where a Cayley matrix is what is stored.
+        family: the norm in which constants are proved.
+        row_floor: lower bounds ``(n,)`` of 1 − μ_i proved by other means, of the matrix the stored numbers define
+            and of ``weight``; for a :class:`WeightedMax` family.
         derived: a dict of constants already computed for these same values, shared and filled.
     """
 
@@ -41,6 +46,8 @@ class DenseOperator(MonotoneOperator):
         margin_floor: float | None = None,
         lipschitz_ceiling: float | None = None,
         cayley: tuple[float, Tensor] | None = None,
+        family: Norm = EUCLIDEAN,
+        row_floor: Tensor | None = None,
         derived: dict[Any, Any] | None = None,
     ) -> None:
         self.weight = weight
@@ -51,6 +58,8 @@ class DenseOperator(MonotoneOperator):
         self._lipschitz_ceiling = lipschitz_ceiling
         self.stored_cayley = cayley
         self.stores_cayley = cayley is not None
+        self.family = family
+        self._row_floor = row_floor
         self._derived = {} if derived is None else derived
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
@@ -64,7 +73,9 @@ class DenseOperator(MonotoneOperator):
 
     def shared_proofs(self) -> dict[Any, Any]:
         """The proved constants, for another operator of the same matrix in another dtype."""
-        return {"margin": self.margin(), "lipschitz": self.lipschitz(), "norm": self.norm()}
+        known = {"margin": self.margin(), "lipschitz": self.lipschitz(), "norm": self.norm()}
+        rows = {"row_margins": self.row_margins()} if isinstance(self.family, WeightedMax) else {}
+        return known | rows
 
     def matrix64(self) -> tuple[Tensor, float]:
         """(W in float64 on the CPU, e): both the stored matrix and ``weight`` are within e of it (2-norm)."""
@@ -88,22 +99,38 @@ class DenseOperator(MonotoneOperator):
         return self.once("margin", self._prove_margin)
 
     def _prove_margin(self) -> float:
-        bound = verified.margin(*self.matrix64())
+        if isinstance(self.family, WeightedMax):
+            return float(self.row_margins().min()) if self.features else math.inf
+        bound = self.family.margin(*self.matrix64())
         if self._margin_floor is None:
             return bound
         return max(bound, verified.down(self._margin_floor - self.representation_error))
+
+    def row_margins(self) -> Tensor:
+        """Lower bounds ``(n,)`` of 1 − μ_i, row by row; for a :class:`WeightedMax` family (theory §7)."""
+        return self.once("row_margins", self._prove_rows)
+
+    def _prove_rows(self) -> Tensor:
+        assert isinstance(self.family, WeightedMax)
+        rows = self.family.row_margins(*self.matrix64())
+        return rows if self._row_floor is None else torch.maximum(rows, self._row_floor)
+
+    def averaging_step(self) -> float:
+        """α* = 1/(1 − min_i min(W_ii, 0)), the longest step at which (1 − α) I + α D W keeps non-negative diagonals
+        for all slopes D in [0, 1]; rounded down (theory §7)."""
+        return self.once("averaging_step", lambda: averaging_step(self.matrix64()))
 
     def lipschitz(self) -> float:
         return self.once("lipschitz", self._prove_lipschitz)
 
     def _prove_lipschitz(self) -> float:
-        bound = verified.lipschitz(*self.matrix64())
+        bound = self.family.lipschitz(*self.matrix64())
         if self._lipschitz_ceiling is None:
             return bound
         return min(bound, verified.up(self._lipschitz_ceiling + self.representation_error))
 
     def norm(self) -> float:
-        return self.once("norm", lambda: verified.spectral_norm(*self.matrix64()))
+        return self.once("norm", lambda: self.family.norm(*self.matrix64()))
 
     def absolute_norm(self) -> float:
         matrix, error = self.matrix64()
@@ -166,6 +193,13 @@ class DenseOperator(MonotoneOperator):
         return TransposedOperator(self)
 
 
+def averaging_step(matrix: tuple[Tensor, float]) -> float:
+    """α* of every matrix within the given distance (see :meth:`DenseOperator.averaging_step`)."""
+    W, error = matrix
+    lowest = verified.down(float(W.diagonal().min()) - error) if len(W) else 0.0
+    return verified.down(1 / verified.up(1 - min(lowest, 0.0)))
+
+
 class TransposedOperator(MonotoneOperator):
     """Wᵀ with the constants and inverses of W: the operator of the backward problem (theory §3)."""
 
@@ -174,6 +208,10 @@ class TransposedOperator(MonotoneOperator):
         self.features = base.features
         self.representation_error = base.representation_error
         self.stores_cayley = base.stores_cayley
+        self.family = base.family.dual()
+
+    def averaging_step(self) -> float:
+        return self.base.averaging_step()
 
     def apply(self, z: Tensor) -> Tensor:
         return self.base.transpose(z)

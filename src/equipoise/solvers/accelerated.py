@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..norms import Euclidean
 from ..operators import FixedPointMap, MonotoneOperator
 from .loop import Problem, Solver, State, Tuning
 from .peaceman_rachford import PeacemanRachford
+from .picard import Picard
 
 __all__ = ["Accelerated", "push"]
 
@@ -39,14 +41,18 @@ class Accelerated(Solver):
         if self.on is not None and self.alpha is not None:
             raise OptionError(f"give alpha to the splitting {type(self.on).__name__}, not to {type(self).__name__}")
 
-    def splitting(self) -> Solver:
-        return self.on or PeacemanRachford(alpha=self.alpha)
+    def splitting(self, operator: MonotoneOperator) -> Solver:
+        """``on``, or what converges on this operator: Peaceman–Rachford, in a weighted maximum norm Picard."""
+        if self.on is not None:
+            return self.on
+        kind = PeacemanRachford if isinstance(operator.family, Euclidean) else Picard
+        return kind(alpha=self.alpha)
 
     def tune(self, operator: MonotoneOperator) -> Tuning:
-        return self.splitting().tune(operator)
+        return self.splitting(operator).tune(operator)
 
     def map(self, problem: Problem, tuning: Tuning) -> FixedPointMap:
-        return self.splitting().map(problem, tuning)
+        return self.splitting(problem.operator).map(problem, tuning)
 
     @abstractmethod
     def blank(self, u: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +73,7 @@ class Accelerated(Solver):
     def step(self, fixed_point: FixedPointMap, state: State) -> State:
         best, best_residual, *learned = state.memory
         residual = state.image - state.current
-        size, best_size = (torch.linalg.vector_norm(r, dim=1, keepdim=True) for r in (residual, best_residual))
+        size, best_size = (fixed_point.length(r)[:, None] for r in (residual, best_residual))
         accepted = size <= best_size
         du = torch.where(accepted, state.current - best, 0.0)
         dr = torch.where(accepted, residual - best_residual, 0.0)

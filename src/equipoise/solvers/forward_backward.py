@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..norms import Euclidean
 from ..operators import FixedPointMap, MonotoneOperator
 from ..operators.base import golden_section
 from .loop import Problem, Solver, Tuning
@@ -35,6 +36,9 @@ class ForwardBackwardMap(FixedPointMap):
     def select(self, rows: Tensor) -> ForwardBackwardMap:
         return ForwardBackwardMap(self.problem.select(rows), self.alpha)
 
+    def length(self, r: Tensor) -> Tensor:
+        return self.problem.operator.family.of(r)
+
 
 def best_forward_step(operator: MonotoneOperator) -> float:
     """The α that minimises ‖(1 − α) I + α W‖₂, a convex function of α; 1/(2L) where no margin is proved."""
@@ -47,9 +51,15 @@ def best_forward_step(operator: MonotoneOperator) -> float:
 
 @dataclass(frozen=True)
 class ForwardBackward(Solver):
-    """Forward–backward splitting. Converges for 0 < α < 2m/L², factor at most ‖(1 − α) I + αW‖₂ [WK20]."""
+    """Forward–backward splitting. Converges for 0 < α < 2m/L², factor at most ‖(1 − α) I + αW‖₂ [WK20].
+
+    In a weighted maximum norm the default is α* of the averaged iteration, with the factor ‖(1 − α) I + αW‖_η =
+    1 − α (1 − μ): prox_{αf} enlarges no coordinate.
+    """
 
     def tune(self, operator: MonotoneOperator) -> Tuning:
+        if not isinstance(operator.family, Euclidean):
+            return _tuned_in_rows(self, operator)
         alpha = self.alpha or best_forward_step(operator)
         rate = operator.forward_norm(alpha)
         margin = operator.margin()
@@ -57,3 +67,11 @@ class ForwardBackward(Solver):
 
     def map(self, problem: Problem, tuning: Tuning) -> ForwardBackwardMap:
         return ForwardBackwardMap(problem, tuning.alpha)
+
+
+def _tuned_in_rows(solver: Solver, operator: MonotoneOperator) -> Tuning:
+    best, margin = operator.averaging_step(), operator.margin()
+    alpha = solver.alpha or best
+    if margin <= 0:
+        return Tuning(alpha, None, None)
+    return Tuning(alpha, max(1 - alpha * margin, 0.1) if alpha <= best else None, 1 / (alpha * margin))

@@ -1,6 +1,7 @@
 """What is proved about a point, whichever solver returned it (theory §2).
 
 For any w let p = σ(W w + q) and e = w − p. Monotonicity of ∂f between p and z* gives ‖p − z*‖₂ ≤ ‖W e‖₂ / m.
+In a weighted maximum norm the slopes of σ between p and z* give ‖p − z*‖_η ≤ max_i (|W e|_i/η_i)/(1 − μ_i) (theory §7).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..norms import WeightedMax
+from ..operators import DenseOperator
 from ..operators.base import product_rounding
 from .loop import Problem, Solver, Stop, Tuning, Verdict, iterate
 
@@ -25,7 +28,7 @@ class Solution:
     ``value (B, n)``: p = σ(W w + q) for the last iterate w. ``converged (B,)``: the asked stopping rule
     holds. ``steps (B,)``: steps taken. ``residual (B,)``: ‖w − p‖/‖p‖. ``error_bound (B,)``: a proved bound on
     ‖p − z*‖₂, truncation plus rounding (theory §2), float64; infinite where no positive margin is proved.
-    ``truncation (B,)``: its part that more steps would shrink.
+    ``truncation (B,)``: its part that more steps would shrink. Of a NEMON layer all norms are ‖·‖_∞.
     """
 
     value: Tensor
@@ -41,13 +44,17 @@ class Solution:
 
 
 class Posterior(NamedTuple):
-    """p ``(B, n)``; bound and its truncation part ``(B,)`` float64; ‖w − p‖ and ‖p‖ ``(B,)`` float64."""
+    """p ``(B, n)``; bound and its truncation part ``(B,)`` float64; ‖w − p‖ and ‖p‖ ``(B,)`` float64.
+
+    ``spread``: ‖p‖₂/‖p‖, which is 1 but where the norm is a maximum.
+    """
 
     value: Tensor
     error_bound: Tensor
     truncation: Tensor
     gap: Tensor
     size: Tensor
+    spread: Tensor | float = 1.0
 
 
 def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
@@ -58,6 +65,8 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
     included where torch is allowed them; W's own representation error counts as part of r.
     """
     operator = problem.operator
+    if isinstance(operator.family, WeightedMax):
+        return _by_rows(problem, w, operator.family)
     info = torch.finfo(w.dtype)
     n = operator.features
     gamma = product_rounding(2 * n + 8, w)
@@ -83,6 +92,45 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
     return Posterior(p, bound.nan_to_num(math.inf, math.inf), truncation, norms[1], norms[3])
 
 
+def _by_rows(problem: Problem, w: Tensor, family: WeightedMax) -> Posterior:
+    """The bound in ‖·‖_∞, by way of ‖·‖_η: with r the error of the computed W w + q and δ that of σ,
+
+    ‖p − z*‖_η ≤ max_i (|W e| + |W||δ| + |r|)_i/(η_i (1 − μ_i)) + ‖δ‖_η,    ‖·‖_∞ ≤ max_j η_j ‖·‖_η.
+    """
+    operator = problem.operator
+    assert isinstance(operator, DenseOperator)
+    tiny, gamma = torch.finfo(w.dtype).tiny ** 0.5, product_rounding(2 * operator.features + 8, w)
+    v = operator.apply(w).add_(problem.injection)
+    p = problem.activation(v)
+    e = w - p
+    moved = operator.apply(e).abs().double()
+    eta, margins, spread = (t.to(w.device) for t in _rows_of(operator, family))
+    weights = 1 / (eta * margins.clamp_min(0.0)) * (1 + 1e-15)
+    size_w, gap_eta = ((t.double().abs() / eta).amax(1) * (1 + 1e-15) for t in (w, e))
+    evaluation = problem.activation.evaluation_error(p)
+    delta = (evaluation.double() / eta).amax(1) if isinstance(evaluation, Tensor) else torch.zeros_like(size_w)
+    gap, size = e.abs().amax(1).double(), p.abs().amax(1).double()
+    truncation = (moved * weights).amax(1) * family.reach()
+    # in row i, over η_i: products of length n with entries up to ‖w‖_η η_j, ‖e‖_η η_j and ‖δ‖_η η_j, and the sums
+    swing = (gamma * (size_w + gap_eta) + delta) * (1 + 2 * gamma)
+    rounding = eta * (spread * swing[:, None]) + gamma * (problem.injection.double().abs() + 2 * moved)
+    rounding = rounding + operator.representation_error * family.length() * (size_w + gap_eta)[:, None] + tiny
+    if problem.injection_error is not None:
+        error = problem.injection_error
+        rounding = rounding + (error if error.ndim == 2 else error[:, None])
+    bound = ((((moved + rounding) * weights).amax(1) + delta) * family.reach()) * (1 + 1e-12)
+    length = torch.linalg.vector_norm(p, dim=1).double() / size.clamp_min(torch.finfo(w.dtype).tiny)
+    if not bool((margins > 0).all()):
+        truncation = bound = torch.full_like(bound, math.inf)
+    return Posterior(p, bound.nan_to_num(math.inf, math.inf), truncation, gap, size, length.clamp_min(1.0))
+
+
+def _rows_of(operator: DenseOperator, family: WeightedMax) -> tuple[Tensor, Tensor, Tensor]:
+    """(η, 1 − μ_i, Σ_j |W_ij| η_j/η_i), each ``(n,)``, as bounds."""
+    spread = operator.once("row_norms", lambda: family.row_norms(*operator.matrix64()))
+    return family.eta, operator.row_margins(), spread
+
+
 def solve(solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop) -> Solution:
     """Solve every row to ``tol``, relative to the size of its answer, under the asked stopping rule."""
 
@@ -92,7 +140,7 @@ def solve(solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: St
         residual = torch.where(found.gap == 0, 0.0, found.gap / found.size)
         residual = torch.where(torch.isfinite(found.size), residual, math.inf)  # the size overflowed
         done = (measure <= tol * found.size) & torch.isfinite(found.gap + found.size)
-        return Verdict(done, measure, (found.value, residual, found.error_bound, found.truncation))
+        return Verdict(done, measure * found.spread, (found.value, residual, found.error_bound, found.truncation))
 
     steps, done, value, residual, bound, truncation = iterate(solver, problem, tuning, tol, stop, judge)
     return Solution(value, done, steps, residual, bound, truncation)

@@ -47,8 +47,9 @@ def tuned(solver: Solver, operator: MonotoneOperator, activation: Activation, li
     usable = torch.isfinite(moves[-1]) & (moves[-1] > 0) & (found.size > 0) & (moves[0] > 0)
     if not bool(usable.any()) or len(moves) < 3:
         return tuning
-    first, last, size = (t[usable] for t in (moves[0], moves[-1], found.size))
-    ratios = found.truncation[usable] / last
+    scale = found.spread[usable] if isinstance(found.spread, Tensor) else found.spread  # moves are 2-norms
+    first, last, size = (t[usable] for t in (moves[0], moves[-1], found.size * found.spread))
+    ratios = found.truncation[usable] * scale / last
     gain = min(float(ratios.median()), tuning.gain)
     pace = float((last / first).pow(1 / (len(moves) - 1)).median())
     if not (gain > 0 and 0 < pace < 1):
