@@ -21,8 +21,14 @@ SOURCE = ROOT / "src" / "equipoise"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "verified", "activations"),
-    ("parametrizations.monotone", "quantization.rounding", "quantization.codes", "quantization.schemes"),
-    ("operators.base", "operators.dense", "operators.quantized"),
+    (
+        "parametrizations.monotone",
+        "quantization.rounding",
+        "quantization.codes",
+        "quantization.schemes",
+        "quantization.straight_through",
+    ),
+    ("operators.base", "operators.dense", "operators.quantized", "operators.prepared"),
     (
         "solvers.loop",
         "solvers.picard",
@@ -38,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
     (
         "quantize",
+        "qat",
         "certificates.printed",
         "certificates.types",
         "certificates.wellposed",

@@ -6,7 +6,7 @@ One public path per name; whatever is not listed here is private.
 from importlib.metadata import version as _version
 
 from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
-from .certificates import Certificate, certify, input_lipschitz, lipschitz, margin
+from .certificates import Certificate, IterateFloor, certify, input_lipschitz, iterate_floor, lipschitz, margin
 from .errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -23,6 +23,7 @@ from .errors import (
 from .files import load, save
 from .importers import import_model
 from .layers import MonDEQ
+from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
 from .solvers import (
@@ -57,6 +58,7 @@ __all__ = [
     "ForwardBackward",
     "Hardtanh",
     "InputError",
+    "IterateFloor",
     "LeakyReLU",
     "MissingExtraError",
     "MonDEQ",
@@ -77,11 +79,14 @@ __all__ = [
     "Tanh",
     "Tseng",
     "certify",
+    "convert",
     "import_model",
     "input_lipschitz",
+    "iterate_floor",
     "lipschitz",
     "load",
     "margin",
+    "prepare_qat",
     "quantize",
     "save",
     "size",
