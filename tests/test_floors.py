@@ -27,8 +27,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quantization.rounding",
         "quantization.codes",
         "quantization.schemes",
+        "quantization.straight_through",
     ),
-    ("operators.base", "operators.dense", "operators.quantized"),
+    ("operators.base", "operators.dense", "operators.quantized", "operators.prepared"),
     (
         "solvers.loop",
         "solvers.picard",
@@ -53,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "quantize",
+        "qat",
         "certificates.printed",
         "certificates.types",
         "certificates.wellposed",

@@ -23,6 +23,7 @@ from .errors import (
 from .files import load, save
 from .importers import import_model
 from .layers import NEMON, MonDEQ
+from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
 from .solvers import (
@@ -78,11 +79,13 @@ __all__ = [
     "Tanh",
     "Tseng",
     "certify",
+    "convert",
     "import_model",
     "input_lipschitz",
     "lipschitz",
     "load",
     "margin",
+    "prepare_qat",
     "quantize",
     "save",
     "size",

@@ -1,8 +1,8 @@
 """Equilibrium layers as ordinary ``torch.nn.Module``s."""
 
 from .equilibrium import EquilibriumLayer
-from .linear import QuantizedLinear
+from .linear import PreparedLinear, QuantizedLinear
 from .mondeq import MonDEQ
 from .nemon import NEMON
 
-__all__ = ["NEMON", "EquilibriumLayer", "MonDEQ", "QuantizedLinear"]
+__all__ = ["NEMON", "EquilibriumLayer", "MonDEQ", "PreparedLinear", "QuantizedLinear"]

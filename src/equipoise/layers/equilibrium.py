@@ -14,14 +14,14 @@ from ..activations import Activation, as_activation
 from ..errors import InputError, OptionError
 from ..implicit import attach, equilibrate, report_failures
 from ..norms import EUCLIDEAN, Norm, WeightedMax
-from ..operators import DenseOperator, QuantizedWeight
+from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
 from ..operators.base import product_rounding
 from ..quantization.schemes import Scheme
 from ..solvers import Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
 from .arguments import check_finite, check_solver, check_tol, reached
 from .cache import Derived, keeping
-from .linear import QuantizedLinear, affine64
+from .linear import PreparedLinear, QuantizedLinear, affine, affine64, anchor
 
 __all__ = ["EquilibriumLayer", "family_of"]
 
@@ -89,9 +89,9 @@ class EquilibriumLayer(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """W ``(n, n)``; of a quantized layer dequantized, read-only."""
-        if isinstance(self.recurrent, QuantizedWeight):
+        if isinstance(self.recurrent, (QuantizedWeight, PreparedWeight)):
             return self.operator.weight
-        with torch.autocast(self.bias.device.type, enabled=False):
+        with torch.autocast(anchor(self.injection).device.type, enabled=False):
             W: Tensor = self.recurrent()
         return W
 
@@ -106,12 +106,9 @@ class EquilibriumLayer(nn.Module, ABC):
         return self._affine()[1]
 
     def _affine(self) -> tuple[Tensor, Tensor]:
-        if isinstance(self.injection, QuantizedLinear):
-            weight, bias = self.injection.dense()
-            assert bias is not None
-            return weight, bias
-        assert isinstance(self.injection, nn.Linear)
-        return self.injection.weight, self.injection.bias
+        weight, bias = affine(self.injection)
+        assert bias is not None
+        return weight, bias
 
     @property
     def operator(self) -> DenseOperator:
@@ -120,15 +117,21 @@ class EquilibriumLayer(nn.Module, ABC):
             return self._operator(self._derived.of(self.recurrent))
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
-        if isinstance(self.recurrent, QuantizedWeight):
-            like = self._affine()[1]
-            if ("operator", like.dtype, like.device) not in kept:
-                kept["operator", like.dtype, like.device] = self.recurrent.operator(like)
-            operator: DenseOperator = kept["operator", like.dtype, like.device]
-            return operator
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())
         constants = kept.setdefault("constants", {})
+        if isinstance(self.recurrent, PreparedWeight) and trained:
+            return self.recurrent.operator(constants)
+        if isinstance(self.recurrent, (QuantizedWeight, PreparedWeight)):
+            like = anchor(self.injection)
+            key = "operator", like.dtype, like.device
+            if key not in kept:
+                weights = self.recurrent
+                codes = weights.quantized() if isinstance(weights, PreparedWeight) else weights
+                kept[key] = codes.operator(like)
+            operator: DenseOperator = kept[key]
+            return operator
         family = self._family(kept)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters()):
+        if trained:
             return DenseOperator(self.recurrent(), family=family, derived=constants)
         if "weight" not in kept:
             kept["weight"] = self.recurrent().detach()
@@ -259,7 +262,7 @@ class EquilibriumLayer(nn.Module, ABC):
             )
         if not x.is_floating_point():
             raise InputError(f"the input is {x.dtype}; floating point is needed: x.float(), scaled as in training")
-        like = self._affine()[1]
+        like = anchor(self.injection)
         if like.dtype not in TOLERANCE:
             raise InputError(f"the layer is {like.dtype}; it solves in float32 or float64 (autocast is fine)")
         q: Tensor = self.injection(x.to(like.dtype))
@@ -276,11 +279,11 @@ class EquilibriumLayer(nn.Module, ABC):
         """A bound ``(B,)`` on ‖fl(U x + b) − (U x + b)‖₂ in the layer's arithmetic, storage error included."""
         kept = self._derived_injection.of(self.injection)
         if "norms" not in kept:
-            assert isinstance(self.injection, (nn.Linear, QuantizedLinear))
+            assert isinstance(self.injection, (nn.Linear, QuantizedLinear, PreparedLinear))
             U, b, e_U, e_b = affine64(self.injection)
             kept["norms"] = verified.absolute_norm(U), float(b.abs().norm()) * (1 + 1e-12), e_U, e_b
         spread, offset, e_U, e_b = kept["norms"]
-        dtype = dtype or self._affine()[1].dtype
+        dtype = dtype or anchor(self.injection).dtype
         info = torch.finfo(dtype)
         gamma = product_rounding(2 * self.in_features + 8, x.new_empty(0, dtype=dtype))
         size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)
@@ -292,19 +295,21 @@ class EquilibriumLayer(nn.Module, ABC):
         with keeping():  # what is kept must serve training as well
             kept = self._derived.of(self.recurrent)
             operator = self._operator(kept)
-            if ("tuning", solver) not in kept:
+            # of a layer prepared for quantization the operator in training is another object than that of its codes
+            key = "tuning", solver, isinstance(self.recurrent, PreparedWeight) and torch.is_grad_enabled()
+            if key not in kept:
                 check_finite(operator.weight.detach(), "the recurrent weights' W")
                 known = self._tunings.get(solver) if solver == self.solver else None
                 reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
                 tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
-                kept["tuning", solver] = tuning
+                kept[key] = tuning
                 if solver == self.solver:
                     self._tunings[solver].age += 1
-        found: Tuning = kept["tuning", solver]
+        found: Tuning = kept[key]
         return operator, found
 
     def _retune(self, solver: Solver, operator: DenseOperator) -> Tuning:
-        tuning = tuned(solver, operator, self.activation, self._affine()[1])
+        tuning = tuned(solver, operator, self.activation, anchor(self.injection))
         if solver == self.solver:
             limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
             self._tunings = {solver: _Tuned(tuning, operator.weight.detach().clone(), limit)}

@@ -1,0 +1,179 @@
+"""Rounding that gradients pass straight through, with a scale that follows the weights (theory §4).
+
+For training with quantized weights: the forward value is exactly code · scale, the gradient is that of the
+unrounded weight [Bengio 2013]; a learned scale gets the gradient of LSQ [Esser 2020].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from .codes import QuantizedSkew, QuantizedTensor
+from .rounding import Granularity, ScaleRule, check_choice, code_dtype, fit_scale, levels
+
+__all__ = ["FakeQuantize"]
+
+Part = Literal["all", "off_diagonal", "skew"]
+
+REFIT = 500
+"""Fits after which a least-squares scale is searched for globally again; in between it is improved from where it is."""
+
+
+@final
+class FakeQuantize(nn.Module):
+    """w ↦ w̃ = s · c, ``c = clamp(round(w / s))``, with ∂w̃/∂w = 1; same shape, float64.
+
+    The scale s is a buffer fitted by ``rule`` whenever :meth:`fit` is called (``"mse"``: one round of alternating
+    least squares from the last scale, and a global search every 500 fits), or, with ``learn``, the parameter
+    ``log_scale`` with the gradient of LSQ: ∂w̃/∂s = c − w/s within the range and ±(2^(b−1) − 1) beyond it, where
+    ∂w̃/∂w = 0; scaled by 1/√(N (2^(b−1) − 1)).
+
+    Args:
+        w: the tensor as it is now; sets shape, scale and device.
+        bits: 1 to 16, or 32.
+        granularity: ``"tensor"``, or ``"row"`` for a scale per index of the first dimension.
+        rule: ``"max"`` or ``"mse"``; where the scale is learned, what it starts from.
+        part: ``"all"`` entries; those ``"off_diagonal"`` of a square matrix, its diagonal taking code 0; or
+            ``"skew"``: as before, and the codes below the diagonal mirror those above it.
+        learn: make the scale a parameter.
+
+    State: ``scale`` and how many fits there were, or ``log_scale``.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        w: Tensor,
+        bits: int,
+        granularity: Granularity = "tensor",
+        rule: ScaleRule = "mse",
+        part: Part = "all",
+        learn: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bits, self.top, self.rule, self.part = bits, levels(bits), rule, part
+        self.rows = check_choice(granularity, "granularity", ("tensor", "row")) == "row" and w.ndim > 1
+        scale = self._search(w)
+        if learn:
+            self.log_scale = nn.Parameter(scale.double().clamp(min=torch.finfo(scale.dtype).tiny).log().to(scale.dtype))
+        else:
+            self.register_buffer("scale", scale)
+        self.fits = 0  # on the host, so that no step waits for a GPU to say how many there were
+
+    @property
+    def learned(self) -> bool:
+        return "log_scale" in self._parameters
+
+    def current_scale(self) -> Tensor:
+        """s as it would be stored: float32 up to 16 bits, a normal number."""
+        if not self.learned:
+            return self.scale
+        limits = torch.finfo(self.log_scale.dtype)
+        return self.log_scale.double().exp().clamp(limits.tiny, limits.max).to(self.log_scale.dtype)
+
+    @torch.no_grad()
+    def fit(self, w: Tensor) -> None:
+        """Fit the scale to ``w`` again; a learned one stays."""
+        if self.learned or not w.numel():
+            return
+        self.fits += 1
+        search = self.rule == "mse" and self.bits > 1 and self.fits % REFIT == 0
+        scale = self._search(w) if search else self._improved(w)
+        self.scale.copy_(scale.clamp(min=torch.finfo(self.scale.dtype).tiny))
+
+    def forward(self, w: Tensor) -> Tensor:
+        scale = self.current_scale()
+        values = (self._codes(w, scale) * scale.double()).detach()
+        if not (torch.is_grad_enabled() and (w.requires_grad or scale.requires_grad)):
+            return values
+        through = w.double() if not self.learned else self._surrogate(w.double(), scale.double())
+        return values + (through - through.detach())  # adds exactly 0: the value is what will be stored
+
+    @torch.no_grad()
+    def quantized(self, w: Tensor) -> QuantizedTensor:
+        """The codes and the scale that :meth:`forward` multiplies; not for a skew matrix or a part of one."""
+        scale = self.current_scale()
+        return QuantizedTensor.from_codes(self._codes(w, scale).to(code_dtype(self.bits)), scale.clone(), self.bits)
+
+    @torch.no_grad()
+    def quantized_skew(self, w: Tensor) -> QuantizedSkew:
+        """The same of a skew matrix."""
+        scale, size = self.current_scale(), w.shape[0]
+        rows, columns = torch.triu_indices(size, size, 1, device=w.device)
+        upper = self._codes(w, scale)[rows, columns].to(code_dtype(self.bits))
+        return QuantizedSkew.from_codes(upper, scale.clone(), self.bits, size)
+
+    @torch.no_grad()
+    def quantized_off_diagonal(self, w: Tensor) -> QuantizedTensor:
+        """The same of the off-diagonal entries, row by row, ``(n, n − 1)``."""
+        scale, size = self.current_scale(), w.shape[0]
+        off = ~torch.eye(size, dtype=torch.bool, device=w.device)
+        codes = self._codes(w, scale)[off].reshape(size, max(size - 1, 0))
+        return QuantizedTensor.from_codes(codes.to(code_dtype(self.bits)), scale.clone(), self.bits)
+
+    def _codes(self, w: Tensor, scale: Tensor) -> Tensor:
+        """The codes as float64; entries outside the part are 0."""
+        w, scale = w.detach().double(), scale.detach().double()
+        if self.bits == 1:
+            codes = torch.where(w >= 0, 1.0, -1.0).to(torch.float64)
+        else:
+            codes = (w / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(-self.top, self.top)
+        if self.part == "skew":
+            codes = codes.triu_(1)
+            return codes - codes.mT
+        if self.part == "off_diagonal":
+            codes.fill_diagonal_(0)
+        return codes
+
+    def _search(self, w: Tensor) -> Tensor:
+        """The scale from all of ``w``, wherever it was before."""
+        dim, values = (0 if self.rows else None), w.detach()
+        if self.part != "all":
+            n = w.shape[0]
+            off = ~torch.eye(n, dtype=torch.bool, device=w.device)
+            values = values[off].reshape(n, max(n - 1, 0))
+        return fit_scale(values, self.bits, self.rule, dim)
+
+    def _improved(self, w: Tensor) -> Tensor:
+        """One round from the last scale: for ``"max"`` and at one bit the scale is then exact."""
+        w = w.double()
+        if self.bits == 1:
+            count = w.numel() // w.shape[0] if self.rows else w.numel()
+            if self.part != "all":
+                count -= 1 if self.rows else w.shape[0]
+                w = w - torch.diag(w.diagonal())
+            return self._sum(w.abs()) / max(count, 1)
+        if self.rule == "max":
+            size = w.abs() if self.part == "all" else (w - torch.diag(w.diagonal())).abs()
+            return (size.amax(tuple(range(1, w.ndim)), keepdim=True) if self.rows else size.amax()) / self.top
+        codes = self._codes(w, self.scale)
+        square = self._sum(codes * codes)
+        return torch.where(square > 0, self._sum(codes * w) / square.clamp(min=1), self.scale.double())
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.sum(tuple(range(1, values.ndim)), keepdim=True) if self.rows else values.sum()
+
+    def _surrogate(self, w: Tensor, scale: Tensor) -> Tensor:
+        """A function of w and s with the gradients of LSQ."""
+        share = 1 / math.sqrt(max(w.numel() // max(scale.numel(), 1), 1) * self.top)
+        scale = scale.detach() + (scale - scale.detach()) * share
+        codes = self._codes(w, scale)
+        if self.bits == 1:  # ±s: the gradient of s is the sign, that of w passes
+            return w + scale * codes
+        ratio = (w / scale).clamp(-self.top, self.top)
+        return scale * ratio + scale * (codes - ratio.detach())
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.fits)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.fits = int(state)
+
+    def extra_repr(self) -> str:
+        how = "learned" if self.learned else self.rule
+        return f"bits={self.bits}, scale={how}, part={self.part}"
