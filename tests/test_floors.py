@@ -29,7 +29,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quantization.schemes",
         "quantization.straight_through",
     ),
-    ("operators.base", "operators.dense", "operators.quantized", "operators.prepared"),
+    (
+        "operators.base",
+        "operators.dense",
+        "operators.quantized",
+        "operators.contractive",
+        "operators.prepared",
+        "operators.prepared_rows",
+    ),
     (
         "solvers.loop",
         "solvers.picard",

@@ -67,8 +67,8 @@ def test_the_right_inverse_gives_back_any_member(n: int, seed: int) -> None:
     torch.manual_seed(seed)
     W, eta = torch.randn(n, n).double(), torch.rand(n).double() + 0.1
     gamma = 1 - WeightedMax(eta).margin(W)
-    T, D = contractive_factors(W, eta, gamma)
-    again = T * (D[None, :] / D[:, None]) + torch.diag(gamma - T.abs().sum(1))
+    T = contractive_factors(W, eta, gamma)
+    again = T * (eta[:, None] / eta[None, :]) + torch.diag(gamma - T.abs().sum(1))
     torch.testing.assert_close(again, W, rtol=1e-12, atol=1e-12)
 
 

@@ -40,7 +40,7 @@ def prepare_qat(model: nn.Module, scheme: Scheme, learn_scale: bool = False) -> 
     for name, layer in {id(layer): (name, layer) for name, layer in layers}.values():  # one may appear twice
         if isinstance(layer.recurrent, QuantizedWeight) or not isinstance(layer.injection, nn.Linear):
             raise StructureError(f"layer {name!r} is quantized already; prepare the float model it came from")
-        recurrent: nn.Module = prepare_weight(layer.recurrent, scheme, learn_scale)  # type: ignore[arg-type]
+        recurrent: nn.Module = prepare_weight(layer.recurrent, scheme, learn_scale)
         layer.recurrent = recurrent.train(layer.training)
         layer.injection = prepare_linear(
             layer.injection, scheme, scheme.input_bits, scheme.bias_bits, learn_scale

@@ -1,9 +1,11 @@
 """What a layer multiplies by: products, proved constants, resolvents and Cayley transforms."""
 
 from .base import FixedPointMap, MonotoneOperator
+from .contractive import RowWeight, quantize_weight
 from .dense import DenseOperator
-from .prepared import PreparedWeight, prepare_weight
-from .quantized import QuantizedWeight, quantize_weight
+from .prepared import PreparedWeight
+from .prepared_rows import prepare_weight
+from .quantized import QuantizedWeight
 
 __all__ = [
     "DenseOperator",
@@ -11,6 +13,7 @@ __all__ = [
     "MonotoneOperator",
     "PreparedWeight",
     "QuantizedWeight",
+    "RowWeight",
     "prepare_weight",
     "quantize_weight",
 ]

@@ -96,9 +96,8 @@ class Contractive(nn.Module):
         return WeightedMax(torch.exp(d.min() - d) if len(d) else d)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(T, D = e^d float64, γ), detached: what a structured quantizer rounds, and keeps."""
-        d = self.d.detach().to("cpu", torch.float64)
-        return self.T.detach(), torch.exp(d - d.max()) if len(d) else d, float(self.current_gamma().detach())
+        """(T, η float64, γ), detached: what a structured quantizer rounds, and keeps."""
+        return self.T.detach(), self.family().eta, float(self.current_gamma().detach())
 
 
 def _raw(gamma: float) -> float:
@@ -130,7 +129,7 @@ class Weighted(nn.Module):
         return WeightedMax(torch.exp(log_eta - log_eta.max()))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(T, D, γ) with γ I + D⁻¹TD − diag(|T|1) = W up to rounding; γ is W's proved measure."""
+        """(T, η, γ) with γ I + D⁻¹TD − diag(|T|1) = W up to rounding, D = 1/η; γ is W's proved measure."""
         family = self.family()
         gamma = 1 - family.margin(self.weight)
         if not gamma < 1:
@@ -139,12 +138,11 @@ class Weighted(nn.Module):
                 "below 1 only where there is one",
                 1 - gamma,
             )
-        T, D = contractive_factors(self.weight, family.eta, gamma)
-        return T, D, gamma
+        return contractive_factors(self.weight, family.eta, gamma), family.eta, gamma
 
 
-def contractive_factors(W: Tensor, eta: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The right inverse: (T, D) with γ I + D⁻¹ T D − diag(|T| 1) = W, D = 1/η; T in W's dtype, D in float64.
+def contractive_factors(W: Tensor, eta: Tensor, gamma: float) -> Tensor:
+    """The right inverse: T ``(n, n)`` with γ I + D⁻¹ T D − diag(|T| 1) = W, D = 1/η, in W's dtype.
 
     Membership: μ_η(W) <= γ, i.e. ``WeightedMax(eta).margin(W) >= 1 − gamma``; a diagonal above that is cut.
     """
@@ -152,7 +150,7 @@ def contractive_factors(W: Tensor, eta: Tensor, gamma: float) -> tuple[Tensor, T
     T = W64 * (eta[None, :] / eta[:, None])
     T.diagonal().zero_()
     T.diagonal().copy_(((W64.diagonal() - gamma + T.abs().sum(1)) / 2).clamp(max=0.0))
-    return T.to(W), 1 / eta
+    return T.to(W)
 
 
 def best_weights(W: Tensor) -> WeightedMax:
