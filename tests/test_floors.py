@@ -66,6 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "certificates.types",
         "certificates.wellposed",
         "certificates.convergence",
+        "certificates.rows",
         "certificates.displacement",
         "certificates.certify",
     ),

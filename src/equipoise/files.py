@@ -32,7 +32,7 @@ VERSION = 1
 KEY = "equipoise"
 """The metadata entry that tells our files; one alone, since their order in a file is not determined."""
 
-_MODELS = {kind: MODULES[kind] for kind in ("mondeq", "sequential")}
+_MODELS = {kind: MODULES[kind] for kind in ("mondeq", "nemon", "sequential")}
 
 
 class SupportsJson(Protocol):

@@ -5,25 +5,27 @@ A new kind of module registers in ``MODULES``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import FileFormatError
-from ..layers import MonDEQ, QuantizedLinear
-from ..parametrizations import Dense, Monotone
+from ..layers import NEMON, EquilibriumLayer, MonDEQ, QuantizedLinear
+from ..parametrizations import Contractive, Dense, Monotone, Weighted
 from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
+from .rows import ROW_WEIGHTS
 from .tensors import Fields, TensorReader, TensorWriter, plain
 from .weights import LINEAR, WEIGHTS, Codec, read_module, write_module
 
 __all__ = ["MODULES"]
 
 
-def _write_mondeq(layer: MonDEQ, out: TensorWriter) -> dict[str, Any]:
+def _write_equilibrium(layer: EquilibriumLayer, out: TensorWriter) -> dict[str, Any]:
     return {
         "features": layer.features,
-        "recurrent": write_module(layer.recurrent, WEIGHTS, out.under("recurrent")),
+        "recurrent": write_module(layer.recurrent, {**WEIGHTS, **ROW_WEIGHTS}, out.under("recurrent")),
         "injection": write_module(layer.injection, LINEAR, out.under("injection")),
         "activation": write_activation(layer.activation, out.where),
         "solver": write_solver(layer.solver, out.where),
@@ -35,19 +37,33 @@ def _write_mondeq(layer: MonDEQ, out: TensorWriter) -> dict[str, Any]:
 
 
 def _read_mondeq(fields: Fields, tensors: TensorReader) -> MonDEQ:
+    layer = _read_equilibrium(fields, tensors, WEIGHTS, lambda d, n, **options: MonDEQ(d, n, rank=0, **options))
+    assert isinstance(layer, MonDEQ)
+    return layer
+
+
+def _read_nemon(fields: Fields, tensors: TensorReader) -> NEMON:
+    layer = _read_equilibrium(fields, tensors, ROW_WEIGHTS, NEMON)
+    assert isinstance(layer, NEMON)
+    return layer
+
+
+def _read_equilibrium(
+    fields: Fields, tensors: TensorReader, known: Mapping[str, Codec], kind: Callable[..., EquilibriumLayer]
+) -> EquilibriumLayer:
     n = fields.size("features")
-    recurrent = read_module(fields.fields("recurrent", features=n), WEIGHTS, tensors.under("recurrent"))
+    recurrent = read_module(fields.fields("recurrent", features=n), known, tensors.under("recurrent"))
     injection = read_module(fields.fields("injection"), LINEAR, tensors.under("injection"))
     assert isinstance(injection, (nn.Linear, QuantizedLinear))
     if injection.out_features != n or injection.bias is None:
         raise FileFormatError(f"{fields.where}: the injection needs {n} outputs and a bias")
-    if isinstance(recurrent, (Monotone, Dense)) and _dtype(recurrent) != _dtype(injection):
+    floats = isinstance(recurrent, (Monotone, Dense, Contractive, Weighted))
+    if floats and _dtype(recurrent) != _dtype(injection):
         raise FileFormatError(f"{fields.where}: weights {_dtype(recurrent)}, injection {_dtype(injection)}")
     with torch.device("meta"):  # both weights are replaced: draw no random numbers, take no memory
-        layer = MonDEQ(
+        layer = kind(
             injection.in_features,
             n,
-            rank=0,
             activation=read_activation(fields.fields("activation")),
             solver=read_solver(fields.fields("solver")),
             tol=fields.take("tol", float, type(None)),
@@ -107,7 +123,8 @@ def _read_sequential(fields: Fields, tensors: TensorReader) -> nn.Sequential:
 
 
 MODULES = {
-    "mondeq": Codec(MonDEQ, _write_mondeq, _read_mondeq),
+    "mondeq": Codec(MonDEQ, _write_equilibrium, _read_mondeq),
+    "nemon": Codec(NEMON, _write_equilibrium, _read_nemon),
     "sequential": Codec(nn.Sequential, _write_sequential, _read_sequential),
     **LINEAR,
     "flatten": _stateless(nn.Flatten, "start_dim", "end_dim"),

@@ -21,7 +21,7 @@ from ..parametrizations.monotone import check_margin
 from ..quantization import QuantizedSkew, QuantizedTensor, pack, unpack
 from .tensors import FLOATS, Fields, TensorReader, TensorWriter
 
-__all__ = ["LINEAR", "WEIGHTS", "Codec", "read_module", "write_module"]
+__all__ = ["LINEAR", "WEIGHTS", "Codec", "filled", "read_codes", "read_module", "write_codes", "write_module"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -71,7 +71,7 @@ def _read_linear(fields: Fields, tensors: TensorReader) -> nn.Linear:
     state = {"weight": tensors.take("weight", (n, d))}
     if fields.take("bias", bool):
         state["bias"] = tensors.take("bias", (n,), state["weight"].dtype)
-    return _filled(lambda: nn.Linear(d, n, bias="bias" in state), state)
+    return filled(lambda: nn.Linear(d, n, bias="bias" in state), state)
 
 
 def _write_quantized_linear(linear: QuantizedLinear, out: TensorWriter) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _read_quantized_linear(fields: Fields, tensors: TensorReader) -> QuantizedLi
 def _write_either(name: str, value: QuantizedTensor | Tensor, out: TensorWriter) -> int | None:
     """Codes or floats; returns the bits of the codes."""
     if isinstance(value, QuantizedTensor):
-        return _write_codes(value, out.under(name))
+        return write_codes(value, out.under(name))
     out.put(name, value)
     return None
 
@@ -109,19 +109,19 @@ def _write_either(name: str, value: QuantizedTensor | Tensor, out: TensorWriter)
 def _read_either(
     name: str, shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, tensors: TensorReader
 ) -> QuantizedTensor | Tensor:
-    return tensors.take(name, shape, dtype) if bits is None else _read_codes(shape, bits, tensors.under(name))
+    return tensors.take(name, shape, dtype) if bits is None else read_codes(shape, bits, tensors.under(name))
 
 
 # Codes
 
 
-def _write_codes(quantized: QuantizedTensor, out: TensorWriter) -> int:
+def write_codes(quantized: QuantizedTensor, out: TensorWriter) -> int:
     out.put("codes", pack(quantized.codes, quantized.bits))
     out.put("scale", quantized.scale)
     return quantized.bits
 
 
-def _read_codes(shape: tuple[int, ...], bits: int, tensors: TensorReader) -> QuantizedTensor:
+def read_codes(shape: tuple[int, ...], bits: int, tensors: TensorReader) -> QuantizedTensor:
     packed = tensors.take("codes", None, torch.uint8)
     scale = tensors.take("scale", None)
     try:
@@ -146,7 +146,7 @@ def _read_monotone(fields: Fields, tensors: TensorReader) -> Monotone:
     A = tensors.take("A", (rank, n))
     margin = "raw_margin" if learned else "margin"
     state = {"A": A, "B": tensors.take("B", (n, n), A.dtype), margin: tensors.take(margin, (), A.dtype)}
-    module = _filled(lambda: Monotone(n, rank, learn_margin=learned), state)
+    module = filled(lambda: Monotone(n, rank, learn_margin=learned), state)
     check_margin(float(module.current_margin().detach()))
     return module
 
@@ -162,61 +162,61 @@ def _read_dense(fields: Fields, tensors: TensorReader) -> Dense:
 
 
 def _write_assembled(weights: AssembledWeight, out: TensorWriter) -> dict[str, Any]:
-    return {"bits": _write_codes(weights.codes, out.under("codes"))}
+    return {"bits": write_codes(weights.codes, out.under("codes"))}
 
 
 def _read_assembled(fields: Fields, tensors: TensorReader) -> AssembledWeight:
     n = fields.size("features")
-    return AssembledWeight(_read_codes((n, n), fields.take("bits", int), tensors.under("codes")))
+    return AssembledWeight(read_codes((n, n), fields.take("bits", int), tensors.under("codes")))
 
 
 def _write_structured(weights: StructuredWeight, out: TensorWriter) -> dict[str, Any]:
     out.put("margin", weights.margin)
     return {
         "rank": weights.A.shape[0],
-        "bits": _write_codes(weights.A, out.under("A")),
-        "skew_bits": _write_codes(weights.K.upper, out.under("K.upper")),
+        "bits": write_codes(weights.A, out.under("A")),
+        "skew_bits": write_codes(weights.K.upper, out.under("K.upper")),
     }
 
 
 def _read_structured(fields: Fields, tensors: TensorReader) -> StructuredWeight:
     n, rank = fields.size("features"), fields.size("rank", 0)
-    A = _read_codes((rank, n), fields.take("bits", int), tensors.under("A"))
-    upper = _read_codes((n * (n - 1) // 2,), fields.take("skew_bits", int), tensors.under("K.upper"))
+    A = read_codes((rank, n), fields.take("bits", int), tensors.under("A"))
+    upper = read_codes((n * (n - 1) // 2,), fields.take("skew_bits", int), tensors.under("K.upper"))
     margin = check_margin(float(tensors.take("margin", (), torch.float64)))
     return StructuredWeight(A, QuantizedSkew(upper, n), margin)
 
 
 def _write_compensated(weights: CompensatedWeight, out: TensorWriter) -> dict[str, Any]:
     return {
-        "bits": _write_codes(weights.off_diagonal, out.under("off_diagonal")),
-        "diagonal_bits": _write_codes(weights.diagonal, out.under("diagonal")),
+        "bits": write_codes(weights.off_diagonal, out.under("off_diagonal")),
+        "diagonal_bits": write_codes(weights.diagonal, out.under("diagonal")),
     }
 
 
 def _read_compensated(fields: Fields, tensors: TensorReader) -> CompensatedWeight:
     n = fields.size("features")
-    off_diagonal = _read_codes((n, n - 1), fields.take("bits", int), tensors.under("off_diagonal"))
+    off_diagonal = read_codes((n, n - 1), fields.take("bits", int), tensors.under("off_diagonal"))
     return CompensatedWeight(
-        off_diagonal, _read_codes((n,), fields.take("diagonal_bits", int), tensors.under("diagonal"))
+        off_diagonal, read_codes((n,), fields.take("diagonal_bits", int), tensors.under("diagonal"))
     )
 
 
 def _write_cayley(weights: CayleyWeight, out: TensorWriter) -> dict[str, Any]:
     out.put("alpha", weights.alpha)
-    return {"bits": _write_codes(weights.C, out.under("C"))}
+    return {"bits": write_codes(weights.C, out.under("C"))}
 
 
 def _read_cayley(fields: Fields, tensors: TensorReader) -> CayleyWeight:
     n = fields.size("features")
-    C = _read_codes((n, n), fields.take("bits", int), tensors.under("C"))
+    C = read_codes((n, n), fields.take("bits", int), tensors.under("C"))
     alpha = float(tensors.take("alpha", (), torch.float64))
     if alpha <= 0:
         raise FileFormatError(f"{fields.where}: alpha is {alpha}; a Cayley transform has a positive one")
     return CayleyWeight(C, alpha)
 
 
-def _filled(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
+def filled(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
     """A module that takes over the tensors of ``state``, which its owner has checked."""
     with torch.device("meta"):
         module = make()

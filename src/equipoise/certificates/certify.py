@@ -15,6 +15,7 @@ from ..layers.arguments import check_finite
 from ..layers.chain import chain, equilibrium_layers, final_head
 from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
+from ..norms import Euclidean
 from ..operators import DenseOperator
 from ..quantization.schemes import scheme_to_dict
 from . import displacement as moved
@@ -129,7 +130,9 @@ def _layer_certificate(
         steps=steps_for(rate, tol),
         tolerance=tol,
         inexact=inexact_factor(rate),
-        closed_rates=closed_rates(margin, lipschitz),
+        closed_rates=closed_rates(margin if isinstance(operator.family, Euclidean) else 0.0, lipschitz),
+        family=operator.family.name,
+        measure=finite_or_none(verified.up(1 - margin)),
         scheme=None if scheme is None else scheme_to_dict(scheme),
     )
     if reference is None or proofs.reference is None:

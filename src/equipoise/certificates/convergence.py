@@ -8,6 +8,7 @@ import torch
 
 from .. import verified
 from ..errors import NotWellPosedError, OptionError
+from ..norms import WeightedMax
 from ..operators import DenseOperator
 from ..solvers import (
     DouglasRachford,
@@ -54,6 +55,8 @@ def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, 
         alpha = solver.tune(operator).alpha
     except (NotWellPosedError, OptionError):  # I + α(I − W) is singular, or α too long a step for these weights
         return solver.alpha, None
+    if isinstance(operator.family, WeightedMax):
+        return alpha, rate_in_rows(solver, alpha, operator)
     matrix, error = operator.matrix64()
     rate: float | None = None
     if isinstance(solver, (PeacemanRachford, DouglasRachford)):
@@ -76,6 +79,28 @@ def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, 
         p, q = 1 - (alpha * operator.lipschitz()) ** 2 * SLACK, 2 * alpha * operator.margin()
         rate = math.sqrt(max(1 - p * q / (p + q), 0.0)) * SLACK + 2.0**-50 if p > 0 else None
     return alpha, rate if rate is not None and rate < 1 else None
+
+
+def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator) -> float | None:
+    """A proved factor below 1 in ‖·‖_η for 0 < α <= α* (theory §7 [JDPB21]), or None.
+
+    The averaged iteration 1 − α min(m, 1), forward–backward ‖(1 − α) I + αW‖_η = 1 − αm, Peaceman–Rachford
+    (1 − αm)/(1 + αm), with m = 1 − μ_η(W).
+    """
+    margin = operator.margin()
+    if not (margin > 0 and alpha <= operator.averaging_step()):
+        return None
+    reach = alpha * margin
+    if isinstance(solver, Picard):
+        rate = 1 - min(reach, alpha)
+    elif isinstance(solver, ForwardBackward):
+        rate = max(1 - reach, 0.0)
+    elif isinstance(solver, (PeacemanRachford, DouglasRachford)):
+        rate = max(1 - reach, 0.0) / (1 + reach)
+        rate = (1 + rate) / 2 if isinstance(solver, DouglasRachford) else rate
+    else:
+        return None
+    return _below_one(rate)
 
 
 def steps_for(rate: float | None, tol: float) -> int | None:

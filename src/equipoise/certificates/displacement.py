@@ -20,8 +20,10 @@ from ..activations import Activation
 from ..errors import InputError
 from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
+from ..norms import Euclidean
 from ..operators import DenseOperator
 from ..solvers import PeacemanRachford, Problem, solve, tuned
+from .rows import Comparison
 
 __all__ = ["Side", "Trace", "agreement", "equilibrium_trace", "evaluated", "linear_trace", "lipschitz_one_trace"]
 
@@ -48,7 +50,8 @@ class Side:
     def of(cls, layer: EquilibriumLayer, operator: DenseOperator) -> Side:
         """``operator``: the layer's proved one; the computations here use its exact matrix."""
         matrix, error = operator.matrix64()
-        wide = DenseOperator(matrix, exact=(matrix, error), derived=dict(operator.shared_proofs()))
+        family, known = operator.family, dict(operator.shared_proofs())
+        wide = DenseOperator(matrix, exact=(matrix, error), family=family, derived=known)
         assert isinstance(layer.injection, (nn.Linear, QuantizedLinear))
         U, b, e_U, e_b = affine64(layer.injection)
         norm, spread = verified.spectral_norm(U, e_U), verified.absolute_norm(U)
@@ -62,6 +65,24 @@ class Side:
         solver = PeacemanRachford()
         with torch.no_grad():
             return solve(solver, problem, tuned(solver, self.operator, self.activation, q), SOLVE_TOL, "bound").value
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether its guarantee is one of rows."""
+        return not isinstance(self.operator.family, Euclidean)
+
+    def inverse(self, r: Tensor) -> Tensor:
+        """Bounds ``(B, n)`` on |z − z'| where |(W z + q) − (W z' + q')| <= ``r (B, n)`` entry by entry."""
+        if self.by_rows:
+            return Comparison.of(self.operator).bound(r)
+        length = verified.row_norms(r) / self.operator.margin() * SLACK
+        return length[:, None].expand_as(r).clone()
+
+    def spread(self, delta: Tensor) -> Tensor:
+        """|W| δ for δ ``(B, n)`` >= 0, as a bound, storage included."""
+        absolute = self.operator.once("absolute", lambda: self.operator.matrix64()[0].abs())
+        stored = self.operator.representation_error * verified.row_norms(delta)
+        return (delta @ absolute.mT * (1 + verified.gamma(len(absolute) + 4)) + stored[:, None]) * SLACK
 
     def rounding(self, w: Tensor, size_a: Tensor) -> Tensor:
         """Bound ``(B,)`` on the error of the computed W w + U a + b, and on what storage leaves open."""
@@ -100,6 +121,15 @@ class Trace(NamedTuple):
     error_r: Tensor
     displacement: Tensor
     to_reference: Tensor
+    entries: Entries | None = None
+
+
+class Entries(NamedTuple):
+    """The same bounds entry by entry, ``(B, n)`` each, after a layer whose guarantee is one of rows."""
+
+    error_q: Tensor
+    displacement: Tensor
+    to_reference: Tensor
 
 
 def start(x: Tensor) -> Trace:
@@ -134,6 +164,25 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
     return p, (own / m_here + delta) * SLACK, (other / m_there + delta) * SLACK
 
 
+def _cross_rows(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_cross` with bounds ``(B, n)`` entry by entry."""
+    v = here.operator.apply(w) + a.through(here)
+    if not bool(torch.isfinite(v).all()):
+        raise InputError("W z + U x + b overflows float64 for some inputs; scale the inputs or the weights down")
+    p = here.activation(v)
+    evaluation = here.activation.evaluation_error(p)
+    delta = evaluation * SLACK if isinstance(evaluation, Tensor) else torch.zeros_like(p)
+    gap = w - p
+    none = torch.zeros_like(a.size)
+    slips = here.rounding(gap, none) + here.rounding(w, a.size) + here.norm_U * doubt[:, 0]
+    slips = slips + verified.UNIT * here.operator.absolute_norm() * verified.row_norms(gap)
+    own = here.operator.apply(gap).abs() + slips[:, None] + here.spread(delta)
+    moved = (v - (there.operator.apply(p) + a.through(there))).abs() * SLACK
+    other = there.rounding(p, a.size) + there.norm_U * doubt[:, 1]
+    moved = moved + other[:, None] + there.spread(delta)
+    return p, (here.inverse(own * SLACK) + delta) * SLACK, (there.inverse(moved * SLACK) + delta) * SLACK
+
+
 def equilibrium_trace(quantized: Side, reference: Side, before: Trace, known: dict[str, Tensor], key: str) -> Trace:
     """Through one equilibrium layer; both margins must be proved positive.
 
@@ -144,11 +193,26 @@ def equilibrium_trace(quantized: Side, reference: Side, before: Trace, known: di
     if key not in known:
         known[key] = reference.find(a_r.through(reference))
     at_q = torch.stack((before.error_q, before.to_reference), 1)
-    p, own_q, to_r = _cross(quantized, reference, quantized.find(a_q.through(quantized)), a_q, at_q)
     at_r = torch.stack((before.error_r, before.displacement + before.error_r), 1)
+    if quantized.by_rows or reference.by_rows:
+        return _trace_rows(
+            _cross_rows(quantized, reference, quantized.find(a_q.through(quantized)), a_q, at_q),
+            _cross_rows(reference, quantized, known[key], a_r, at_r),
+        )
+    p, own_q, to_r = _cross(quantized, reference, quantized.find(a_q.through(quantized)), a_q, at_q)
     p_r, own_r, to_q = _cross(reference, quantized, known[key], a_r, at_r)
     displacement = torch.minimum(to_r + own_q, to_q + own_r) * SLACK
     return Trace(p, p_r, own_q, own_r, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
+
+
+def _trace_rows(from_q: tuple[Tensor, Tensor, Tensor], from_r: tuple[Tensor, Tensor, Tensor]) -> Trace:
+    (p, own_q, to_r), (p_r, own_r, to_q) = from_q, from_r
+    displacement = torch.minimum(to_r + own_q, to_q + own_r) * SLACK
+    entries = Entries(own_q, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
+    error_q, error_r = verified.row_norms(own_q), verified.row_norms(own_r)
+    return Trace(
+        p, p_r, error_q, error_r, verified.row_norms(displacement), verified.row_norms(entries.to_reference), entries
+    )
 
 
 def linear_trace(
@@ -218,9 +282,11 @@ def agreement(quantized: nn.Linear | QuantizedLinear, reference: nn.Linear | Qua
     With p the computed quantized state and i its top class under the float head: gap_ij > ‖V_i − V_j‖₂ · bound for
     every j, with the bound on ‖p − z*‖ for the float head and on ‖p − z̃*‖ for the quantized one.
     """
-    p = before.quantized
+    p, entries = before.quantized, before.entries
     top = _scores(reference, p).argmax(1)
-    return _settled(reference, p, top, before.to_reference) & _settled(quantized, p, top, before.error_q)
+    if entries is None:
+        return _settled(reference, p, top, before.to_reference) & _settled(quantized, p, top, before.error_q)
+    return _settled(reference, p, top, entries.to_reference) & _settled(quantized, p, top, entries.error_q)
 
 
 def _scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:
@@ -229,19 +295,28 @@ def _scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:
 
 
 def _settled(head: nn.Linear | QuantizedLinear, p: Tensor, top: Tensor, bound: Tensor) -> Tensor:
-    """Rows where class ``top`` wins at every point within ``bound`` of p, rounding included."""
+    """Rows where class ``top`` wins at every point within ``bound`` of p, rounding included.
+
+    ``bound`` is ``(B,)`` in the 2-norm, or ``(B, n)`` entry by entry.
+    """
     V, c, e_V, e_c = affine64(head)
     k = V.shape[1]
     scores = p @ V.mT + c
     gaps = scores.gather(1, top[:, None]) - scores
-    # ‖V_i − V_j‖: one rounding an entry, and storage leaves each row open by e_V
-    widths = torch.empty_like(gaps)
+    lengths = verified.row_norms(bound) if bound.ndim == 2 else bound
+    moves = torch.empty_like(gaps)
     for i in top.unique().tolist():
-        widths[top == i] = verified.row_norms(V[i] - V) * SLACK + 2 * e_V
+        rows = top == i
+        if bound.ndim == 2:
+            moves[rows] = bound[rows] @ (V[i] - V).abs().mT
+        else:  # ‖V_i − V_j‖: one rounding an entry
+            moves[rows] = verified.row_norms(V[i] - V) * bound[rows, None]
+    # storage leaves each row open by e_V; sums of k terms
+    moves = moves * (1 + verified.gamma(k + 8)) * SLACK + 2 * e_V * lengths[:, None]
     size = verified.row_norms(p)
     weight = verified.row_norms(V).max() + verified.row_norms(c[None]).max()
     rounding = 4 * verified.gamma(k + 4) * weight * (size + 1) + 2 * e_V * size + 2 * e_c
     rounding = rounding + verified.TINY * 8 * (k + 1)
-    needed = (widths * bound[:, None] + rounding[:, None]) * SLACK
+    needed = (moves + rounding[:, None]) * SLACK
     others = torch.ones_like(gaps, dtype=torch.bool).scatter_(1, top[:, None], False)
     return ((gaps > needed) | ~others).all(1)

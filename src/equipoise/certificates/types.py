@@ -31,6 +31,8 @@ class Certificate:
 
     - ``certified``: m̃ > 0 is proved. ``verdict``: "certified"; else "converged" or "diverged" on the given inputs
       (an observation, not a proof); "unknown" without inputs.
+    - ``family``: the norm of what is proved, "l2" or, of a NEMON layer, "linf" (its ‖·‖_η; theory §7). ``measure`` >=
+      μ(W̃) in that norm, and the margin is 1 − μ.
     - ``margin`` <= m̃, ``lipschitz`` >= L̃, ``condition`` >= L̃/m̃.
     - ``solver``, ``alpha``, ``rate``: the layer's solver, its step, and a proved factor of it; ``steps``: proved
       steps until the distance to the equilibrium, in the solver's variable, has shrunk by ``tolerance``;
@@ -61,6 +63,8 @@ class Certificate:
     tolerance: float
     inexact: float | None
     closed_rates: dict[str, float | None]
+    family: str = "l2"
+    measure: float | None = None
     arithmetic: str = ARITHMETIC
     scheme: dict[str, Any] | None = None
     delta_norm: float | None = None
@@ -86,6 +90,7 @@ class Certificate:
         step = "" if self.alpha is None else f" (α = {number(self.alpha)})"
         rows: list[tuple[str, str]] = [
             ("verdict", self.verdict),
+            ("measure μ_η(W), at most", MISSING if self.family == "l2" else at_most(self.measure, 6)),
             ("margin, at least", at_least(self.margin, 6)),
             ("Lipschitz constant, at most", at_most(self.lipschitz, 6)),
             ("condition number, at most", at_most(self.condition, 6)),

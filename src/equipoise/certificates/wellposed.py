@@ -34,6 +34,8 @@ def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
 def margin(model: nn.Module) -> float:
     """A proved lower bound of m = λ_min(sym(I − W)), the smallest over the model's equilibrium layers.
 
+    Of a NEMON layer the margin is 1 − μ_η(W) in its weighted maximum norm: 1 − μ(W) in either family (theory §7).
+
     Holds for the matrix that the stored codes define and for the one multiplied by; of a float layer for W as the
     layer computes it in its own dtype (theory §1, §6).
     """
@@ -41,7 +43,7 @@ def margin(model: nn.Module) -> float:
 
 
 def lipschitz(model: nn.Module) -> float:
-    """A proved upper bound of L = ‖I − W‖₂, the largest over the model's equilibrium layers."""
+    """A proved upper bound of L = ‖I − W‖₂ (of a NEMON layer ‖I − W‖_η), the largest over the equilibrium layers."""
     return max(fresh_operator(layer).lipschitz() for _, layer in equilibrium_layers(model))
 
 
@@ -73,7 +75,7 @@ def _norm(linear: nn.Linear | QuantizedLinear) -> float:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """T2 in its three forms (theory §5 [LLC26]), ΔW = W̃ − W.
+    """T2 in its three forms (theory §5 [LLC26]), ΔW = W̃ − W; all norms are those of the reference's family (§7).
 
     ``delta_norm`` >= ‖ΔW‖₂, so |m̃ − m| and |L̃ − L| are at most that. ``sufficient``: ‖ΔW‖₂ < m proved.
     ``predeployment``: nΔ/2 < m, known before rounding, for the published scheme with scale ``max`` only (else
@@ -91,7 +93,7 @@ def perturbation(layer: EquilibriumLayer, operator: DenseOperator, reference: De
     (tilde, e_tilde), (exact, e) = operator.matrix64(), reference.matrix64()
     delta = tilde - exact
     rounding = verified.up(verified.UNIT * verified.absolute_norm(delta))
-    norm = verified.spectral_norm(delta, verified.up(verified.up(e_tilde + e) + rounding))
+    norm = reference.family.norm(delta, verified.up(verified.up(e_tilde + e) + rounding))
     m = reference.margin()
     return Perturbation(delta, norm, norm < m, _predeployment(layer, m))
 

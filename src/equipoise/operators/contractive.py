@@ -212,8 +212,9 @@ def stored_weights(eta: Tensor) -> Tensor:
 
 def better_weights(W: Tensor, eta: Tensor) -> Tensor:
     """``eta``, or the Perron vector of ``W``'s majorant where that proves a smaller measure."""
-    own = stored_weights(perron(W)[0])
-    return own if WeightedMax(own).margin(W) > WeightedMax(eta).margin(W) else eta
+    error = 2.0**-24 * verified.absolute_norm(W)  # what a float32 layer multiplies by is that far
+    own = stored_weights(perron(W, error)[0])
+    return own if WeightedMax(own).margin(W, error) > WeightedMax(eta).margin(W, error) else eta
 
 
 def _bytes(tensor: Tensor) -> int:

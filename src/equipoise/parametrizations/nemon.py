@@ -159,7 +159,7 @@ def best_weights(W: Tensor) -> WeightedMax:
     Raises:
         NotWellPosedError: no weights prove a measure below 1; says the abscissa found.
     """
-    eta, abscissa = perron(W)
+    eta, abscissa = perron(W, 2.0**-24 * float(W.detach().abs().sum(1).max()) if len(W) else 0.0)
     family = WeightedMax(eta)
     margin = family.margin(W)
     if margin <= 0:
