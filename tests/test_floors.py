@@ -35,13 +35,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "solvers.forward_backward",
         "solvers.peaceman_rachford",
         "solvers.tseng",
+        "solvers.rounded",
         "solvers.accelerated",
         "solvers.anderson",
         "solvers.broyden",
         "solvers.posterior",
         "solvers.trial",
     ),
-    ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
+    ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.memory", "layers.mondeq", "layers.chain"),
     (
         "quantize",
         "qat",
@@ -50,6 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "certificates.wellposed",
         "certificates.convergence",
         "certificates.displacement",
+        "certificates.iterates",
         "certificates.certify",
     ),
     (
@@ -62,11 +64,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "_callbacks",
         "_lightning",
         "training",
+        "mixed",
         "ladder",
         "plan",
         "report",
         "bench",
         "demo",
+        "reproduce",
     ),
     # The package's own face, `equipoise/__init__.py`, is the empty name: it may show every room below
     # the command line, and only the command line may look at it.
@@ -74,7 +78,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ROOMS: list[str] = [room for floor in FLOORS for room in floor]
 # Rooms that are packages with an inner order of their own; their modules may import each other.
-SUITES = {"_codecs", "report", "bench", "cli"}
+SUITES = {"_codecs", "report", "bench", "reproduce", "cli"}
 
 CORE = {"torch", "numpy", "safetensors", "rich"}
 # Heavy or optional libraries, and the only rooms that may import them.
