@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "solvers.forward_backward",
         "solvers.peaceman_rachford",
         "solvers.tseng",
+        "solvers.rounded",
         "solvers.accelerated",
         "solvers.anderson",
         "solvers.broyden",
@@ -54,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "layers.arguments",
         "layers.cache",
         "layers.linear",
+        "layers.memory",
         "layers.equilibrium",
         "layers.mondeq",
         "layers.nemon",
@@ -68,6 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "certificates.convergence",
         "certificates.rows",
         "certificates.displacement",
+        "certificates.iterates",
         "certificates.certify",
     ),
     (
@@ -80,11 +83,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "_callbacks",
         "_lightning",
         "training",
+        "mixed",
         "ladder",
         "plan",
         "report",
         "bench",
         "demo",
+        "reproduce",
     ),
     # The package's own face, `equipoise/__init__.py`, is the empty name: it may show every room below
     # the command line, and only the command line may look at it.
@@ -92,7 +97,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ROOMS: list[str] = [room for floor in FLOORS for room in floor]
 # Rooms that are packages with an inner order of their own; their modules may import each other.
-SUITES = {"_codecs", "report", "bench", "cli"}
+SUITES = {"_codecs", "report", "bench", "reproduce", "cli"}
 
 CORE = {"torch", "numpy", "safetensors", "rich"}
 # Heavy or optional libraries, and the only rooms that may import them.

@@ -6,7 +6,7 @@ One public path per name; whatever is not listed here is private.
 from importlib.metadata import version as _version
 
 from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
-from .certificates import Certificate, certify, input_lipschitz, lipschitz, margin
+from .certificates import Certificate, IterateFloor, certify, input_lipschitz, iterate_floor, lipschitz, margin
 from .errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -33,6 +33,7 @@ from .solvers import (
     ForwardBackward,
     PeacemanRachford,
     Picard,
+    Rounded,
     Solution,
     Solver,
     Tseng,
@@ -59,6 +60,7 @@ __all__ = [
     "ForwardBackward",
     "Hardtanh",
     "InputError",
+    "IterateFloor",
     "LeakyReLU",
     "MissingExtraError",
     "MonDEQ",
@@ -68,6 +70,7 @@ __all__ = [
     "PeacemanRachford",
     "Picard",
     "ReLU",
+    "Rounded",
     "Scheme",
     "Sigmoid",
     "SoftThreshold",
@@ -82,6 +85,7 @@ __all__ = [
     "convert",
     "import_model",
     "input_lipschitz",
+    "iterate_floor",
     "lipschitz",
     "load",
     "margin",

@@ -8,7 +8,7 @@ from torch import nn
 
 from .errors import StructureError
 from .layers.chain import chain, equilibrium_layers, is_prepared
-from .layers.linear import PreparedLinear, prepare_linear
+from .layers.linear import PreparedLinear, anchor, prepare_linear
 from .operators import PreparedWeight, QuantizedWeight, prepare_weight
 from .quantization.schemes import Scheme
 from .quantize import check_scheme, replace_head
@@ -45,7 +45,11 @@ def prepare_qat(model: nn.Module, scheme: Scheme, learn_scale: bool = False) -> 
         layer.injection = prepare_linear(
             layer.injection, scheme, scheme.input_bits, scheme.bias_bits, learn_scale
         ).train(layer.training)
-    replace_head(result, scheme, lambda head: prepare_linear(head, scheme, scheme.head_bits, None, learn_scale))
+    replace_head(
+        result,
+        scheme,
+        lambda head: prepare_linear(head, scheme, scheme.head_bits, None, learn_scale).train(head.training),
+    )
     return result
 
 
@@ -67,7 +71,7 @@ def convert(model: nn.Module) -> nn.Module:
     for _, layer in equilibrium_layers(result, prepared=True):
         if isinstance(layer.recurrent, PreparedWeight):
             layer.scheme = layer.recurrent.scheme
-            layer.recurrent = layer.recurrent.quantized()
+            layer.recurrent = layer.recurrent.quantized().to(anchor(layer.injection).device)
         if isinstance(layer.injection, PreparedLinear):
             layer.injection = layer.injection.quantized()
     for name, module in chain(result, prepared=True):

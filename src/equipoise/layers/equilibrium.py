@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -22,18 +22,12 @@ from ..solvers.loop import Stop
 from .arguments import check_finite, check_solver, check_tol, reached
 from .cache import Derived, keeping
 from .linear import PreparedLinear, QuantizedLinear, affine, affine64, anchor
+from .memory import Memory
 
 __all__ = ["EquilibriumLayer", "family_of"]
 
-REFRESH = 50, 800
-"""In training the solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move
-less and less, and a search costs as much as some twenty steps of training."""
-
 NEAR = 1e-3
 """A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
-
-DRIFT = 0.3
-"""It is searched for at once where the weights moved by this part of their norm since."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -54,6 +48,7 @@ class EquilibriumLayer(nn.Module, ABC):
         solver: Solver,
         tol: float | None,
         backward_tol: float | None,
+        training_tol: float | None,
         strict: bool,
     ) -> None:
         super().__init__()
@@ -63,10 +58,11 @@ class EquilibriumLayer(nn.Module, ABC):
         self.activation, self.solver = as_activation(activation), check_solver(solver)
         self.tol = None if tol is None else check_tol(tol)
         self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
+        self.training_tol = None if training_tol is None else check_tol(training_tol)
         self.strict = strict
         self.scheme: Scheme | None = None
         self._derived, self._derived_injection = Derived(), Derived()
-        self._tunings: dict[Solver, _Tuned] = {}
+        self.training_memory: Memory | None = None  # of the last steps; no part of the state
 
     @staticmethod
     def _check_sizes(**sizes: int) -> None:
@@ -117,7 +113,7 @@ class EquilibriumLayer(nn.Module, ABC):
             return self._operator(self._derived.of(self.recurrent))
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())
+        trained = self._trains()
         constants = kept.setdefault("constants", {})
         if isinstance(self.recurrent, PreparedWeight) and trained:
             return self.recurrent.operator(constants)
@@ -158,19 +154,22 @@ class EquilibriumLayer(nn.Module, ABC):
             if not len(q):
                 return self.activation(q)
             operator, tuning = self._prepare(self.solver)
-            tol = self.tol if self.tol is not None else TOLERANCE[q.dtype]
+            tol = self._tolerance(q.dtype)
             problem = Problem(operator, q.detach(), self.activation)
-            w, done = equilibrate(self.solver, tuning, problem, tol)
-            if not bool(done.all()) and self._tunings[self.solver].age > 1:
+            memory = self.training_memory if self.training and self._trains() else None
+            w, done = equilibrate(self.solver, tuning, problem, tol, memory.forward if memory else None)
+            if not bool(done.all()) and memory is not None and memory.age > 1:
                 tuning = self._retune(self.solver, operator)  # the step may be stale rather than the problem hard
                 w, done = equilibrate(self.solver, tuning, problem, tol)
             report_failures(done, w, self.strict, "forward")
+            if self.training_memory is not None and self.training and self._trains():
+                self.training_memory.keep(operator)
             if not (q.requires_grad or any(t.requires_grad for t in operator.tensors())):
                 return self.activation(operator.apply(w).add_(q))
             back_tol = tol if self.backward_tol is None else self.backward_tol
 
             def back(adjoint: Problem) -> Tensor:
-                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol)
+                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol, memory.backward if memory else None)
                 report_failures(settled, y, self.strict, "backward")
                 return y
 
@@ -290,6 +289,14 @@ class EquilibriumLayer(nn.Module, ABC):
         cast = info.eps if x.dtype.itemsize > dtype.itemsize else 0.0  # x itself was rounded
         return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
 
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        if self.training and self.training_tol is not None:
+            return self.training_tol
+        return TOLERANCE[dtype] if self.tol is None else self.tol
+
     def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
         """The operator with the solver's step for it; in training a step found some calls ago."""
         with keeping():  # what is kept must serve training as well
@@ -299,21 +306,24 @@ class EquilibriumLayer(nn.Module, ABC):
             key = "tuning", solver, isinstance(self.recurrent, PreparedWeight) and torch.is_grad_enabled()
             if key not in kept:
                 check_finite(operator.weight.detach(), "the recurrent weights' W")
-                known = self._tunings.get(solver) if solver == self.solver else None
-                reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
-                tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
-                kept[key] = tuning
-                if solver == self.solver:
-                    self._tunings[solver].age += 1
+                memory = self.training_memory if self.training and self._trains() and solver == self.solver else None
+                if memory is not None and memory.serves(operator):
+                    memory.carry(operator, self._tolerance(operator.weight.dtype))
+                    kept[key] = memory.tuning
+                else:
+                    kept[key] = self._retune(solver, operator)
         found: Tuning = kept[key]
         return operator, found
 
     def _retune(self, solver: Solver, operator: DenseOperator) -> Tuning:
         tuning = tuned(solver, operator, self.activation, anchor(self.injection))
-        if solver == self.solver:
-            limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
-            self._tunings = {solver: _Tuned(tuning, operator.weight.detach().clone(), limit)}
+        if solver == self.solver and self.training and self._trains():
+            self.training_memory = Memory.of(tuning, operator, self.training_memory)
         return tuning
+
+    def forget_tuning(self) -> None:
+        """Have the next call search for the solver's step, as in a process that goes on from a checkpoint."""
+        self._derived, self.training_memory = Derived(), None
 
     def extra_repr(self) -> str:
         return (
@@ -334,21 +344,3 @@ def _beyond_float32(operator: DenseOperator, tol: float) -> bool:
     margin, family = operator.margin(), operator.family
     spread = float(family.eta.max() / family.eta.min()) if isinstance(family, WeightedMax) else 1.0
     return margin > 0 and tol * margin < 2 * torch.finfo(torch.float32).eps * (1 + operator.norm()) * spread
-
-
-@dataclass
-class _Tuned:
-    """A tuning, the weights it was found for, when it expires, and its age, both in calls."""
-
-    tuning: Tuning
-    weight: Tensor
-    limit: int
-    age: int = 0
-
-    def serves(self, operator: DenseOperator) -> bool:
-        """Whether it is young enough and the weights moved little since."""
-        now, then = operator.weight.detach(), self.weight
-        if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
-            return False
-        norm = torch.linalg.vector_norm
-        return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import InputError
+from ..errors import InputError, StructureError
 from ..quantization.codes import QuantizedTensor
 from ..quantization.schemes import Scheme
-from ..quantization.straight_through import FakeQuantize
+from ..quantization.straight_through import FakeQuantize, Seen
 from .cache import Derived, keeping
 
 __all__ = ["PreparedLinear", "QuantizedLinear", "affine", "affine64", "anchor", "prepare_linear", "quantize_linear"]
@@ -71,6 +71,11 @@ class PreparedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        if not all(isinstance(value, nn.Parameter) for value in (linear.weight, linear.bias) if value is not None):
+            raise StructureError(
+                "the linear layer's weight or bias is computed from other parameters, which cannot be trained through "
+                "rounding; call torch.nn.utils.parametrize.remove_parametrizations first"
+            )
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.rounding_weight: FakeQuantize | None = None
@@ -81,7 +86,7 @@ class PreparedLinear(nn.Module):
         if bias_bits is not None and linear.bias is not None:
             fake = FakeQuantize(linear.bias, bias_bits, "tensor", scheme.scale, learn=learn_scale)
             self.rounding_bias = fake.to(linear.weight.device)
-        self._seen: list[int] = []
+        self._seen = Seen()
         self._derived = Derived()
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
@@ -89,7 +94,7 @@ class PreparedLinear(nn.Module):
         if not torch.is_grad_enabled():
             return self.quantized().dense()
         values: list[Tensor | None] = []
-        fit = self.training and [t._version for t in self.parameters()] != self._seen
+        fit = self.training and self._seen.changed(self.parameters(recurse=False))
         for value, rounding in ((self.weight, self.rounding_weight), (self.bias, self.rounding_bias)):
             if value is None or rounding is None:
                 values.append(value)
@@ -97,7 +102,6 @@ class PreparedLinear(nn.Module):
             if fit:
                 rounding.fit(value)
             values.append(rounding(value).to(value.dtype))
-        self._seen = [t._version for t in self.parameters()]
         weight, bias = values
         assert weight is not None
         return weight, bias

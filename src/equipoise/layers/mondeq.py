@@ -32,7 +32,8 @@ class MonDEQ(EquilibriumLayer):
         activation: a proximal map, or its name.
         solver: default Peaceman–Rachford with the best step.
         tol: relative tolerance of ``forward``; default 1e-5 in float32, 1e-12 in float64.
-        backward_tol: the same for gradients; default ``tol``.
+        backward_tol: the same for gradients; default that of ``forward``.
+        training_tol: of ``forward`` in training mode; default ``tol``. 1e-2 gives gradients right to about as much.
         strict: raise :class:`ConvergenceError` where a solve fails, instead of warning.
 
     Of a quantized layer ``scheme`` is the scheme it was quantized by, else None.
@@ -55,11 +56,12 @@ class MonDEQ(EquilibriumLayer):
         solver: Solver = PeacemanRachford(),
         tol: float | None = None,
         backward_tol: float | None = None,
+        training_tol: float | None = None,
         strict: bool = False,
     ) -> None:
         self._check_sizes(in_features=in_features, features=features)
         weights = Monotone(features, rank, margin, learn_margin)
-        super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, strict)
+        super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, training_tol, strict)
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, **options: Any) -> MonDEQ:

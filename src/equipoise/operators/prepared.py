@@ -9,7 +9,6 @@ for bit what was trained.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..parametrizations import Dense, Monotone
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
-from ..quantization.straight_through import FakeQuantize
+from ..quantization.straight_through import FakeQuantize, Seen
 from .dense import DenseOperator
 from .quantized import (
     AssembledWeight,
@@ -42,14 +41,19 @@ class PreparedWeight(nn.Module, ABC):
     def __init__(self, weights: Monotone | Dense, scheme: Any, learn_scale: bool) -> None:
         super().__init__()
         self.weights, self.scheme, self.learn_scale = weights, scheme, learn_scale
-        self._seen: list[int] = []
+        self._seen = Seen()
 
     def forward(self) -> Tensor:
-        if self.training and torch.is_grad_enabled() and (now := _versions(self.weights.parameters())) != self._seen:
-            self._seen = now
-            self.fit()
+        self.refit()
         with torch.autocast(self._like.device.type, enabled=False):
             return self.assemble().to(self._like.dtype)
+
+    def refit(self) -> bool:
+        """Fit the scales where this is a step of training with other weights than the last; whether it was."""
+        if not (self.training and torch.is_grad_enabled() and self._seen.changed(self.weights.parameters())):
+            return False
+        self.fit()
+        return True
 
     @property
     def _like(self) -> Tensor:
@@ -69,6 +73,11 @@ class PreparedWeight(nn.Module, ABC):
 
     def operator(self, derived: dict[Any, Any]) -> DenseOperator:
         """The operator to train with; constants of the values go into ``derived``."""
+        if self.refit():  # what was derived before, in evaluation with gradients, is of the scales before
+            derived.clear()
+        return self._operator(derived)
+
+    def _operator(self, derived: dict[Any, Any]) -> DenseOperator:
         return DenseOperator(self(), derived=derived)
 
     def _fake(self, w: Tensor, **options: Any) -> FakeQuantize:
@@ -186,15 +195,21 @@ class PreparedCayley(PreparedWeight):
         C: Tensor = self.rounding(self._transform())
         return CayleyWeight.combine(C, self._alpha)[0]
 
-    def operator(self, derived: dict[Any, Any]) -> DenseOperator:
-        W = self()
-        with torch.no_grad():
-            C = self.rounding(self._transform())
-        return DenseOperator(W, cayley=(self._alpha, C), derived=derived)
+    def _operator(self, derived: dict[Any, Any]) -> DenseOperator:
+        with torch.autocast(self._like.device.type, enabled=False):
+            C: Tensor = self.rounding(self._transform())
+            W = CayleyWeight.combine(C, self._alpha)[0].to(self._like.dtype)
+        return DenseOperator(W, cayley=(self._alpha, C.detach()), derived=derived)
 
     @torch.no_grad()
     def quantized(self) -> CayleyWeight:
         return CayleyWeight(self.rounding.quantized(self._transform()), self._alpha)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PreparedCayley:
+        kept = self.alpha  # a cast would make it another number than the one that is trained with
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.alpha = kept.to(self.alpha.device)
+        return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
@@ -224,7 +239,3 @@ def prepare_weight(weights: Monotone | Dense, scheme: Scheme, learn_scale: bool 
     make: Any = PREPARED[type(scheme)]
     prepared: PreparedWeight = make(weights, scheme, learn_scale)
     return prepared
-
-
-def _versions(tensors: Iterable[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]

@@ -7,7 +7,8 @@ unrounded weight [Bengio 2013]; a learned scale gets the gradient of LSQ [Esser 
 from __future__ import annotations
 
 import math
-from typing import Literal, final
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from .codes import QuantizedSkew, QuantizedTensor
 from .rounding import Granularity, ScaleRule, check_choice, code_dtype, fit_scale, levels
 
-__all__ = ["FakeQuantize"]
+__all__ = ["FakeQuantize", "Seen"]
 
 Part = Literal["all", "off_diagonal", "skew"]
 
 REFIT = 500
 """Fits after which a least-squares scale is searched for globally again; in between it is improved from where it is."""
+
+NEAR = 1.05
+"""What a least-squares scale is multiplied or divided by, in turns, to see whether it should move."""
 
 
 @final
@@ -28,9 +32,11 @@ class FakeQuantize(nn.Module):
     """w ↦ w̃ = s · c, ``c = clamp(round(w / s))``, with ∂w̃/∂w = 1; same shape, float64.
 
     The scale s is a buffer fitted by ``rule`` whenever :meth:`fit` is called (``"mse"``: one round of alternating
-    least squares from the last scale, and a global search every 500 fits), or, with ``learn``, the parameter
+    least squares from the last scale, one near it or that of ``"max"``, whichever is best; and a global search every
+    500 fits), or, with ``learn``, the parameter
     ``log_scale`` with the gradient of LSQ: ∂w̃/∂s = c − w/s within the range and ±(2^(b−1) − 1) beyond it, where
-    ∂w̃/∂w = 0; scaled by 1/√(N (2^(b−1) − 1)).
+    ∂w̃/∂w = 0; scaled by 1/√(N (2^(b−1) − 1)). A learned scale stays in :meth:`fit`, unless it began at nothing but
+    zeros: then the first weights that are not zero set it.
 
     Args:
         w: the tensor as it is now; sets shape, scale and device.
@@ -41,7 +47,7 @@ class FakeQuantize(nn.Module):
             ``"skew"``: as before, and the codes below the diagonal mirror those above it.
         learn: make the scale a parameter.
 
-    State: ``scale`` and how many fits there were, or ``log_scale``.
+    State: ``scale`` and how many fits there were, or ``log_scale``. Scales keep their dtype when the module is cast.
     """
 
     scale: Tensor
@@ -56,11 +62,13 @@ class FakeQuantize(nn.Module):
         learn: bool = False,
     ) -> None:
         super().__init__()
+        check_choice(part, "part", ("all", "off_diagonal", "skew"))
         self.bits, self.top, self.rule, self.part = bits, levels(bits), rule, part
         self.rows = check_choice(granularity, "granularity", ("tensor", "row")) == "row" and w.ndim > 1
         scale = self._search(w)
+        self._asleep = learn and bool((scale == 0).any())
         if learn:
-            self.log_scale = nn.Parameter(scale.double().clamp(min=torch.finfo(scale.dtype).tiny).log().to(scale.dtype))
+            self.log_scale = nn.Parameter(_logarithm(scale))
         else:
             self.register_buffer("scale", scale)
         self.fits = 0  # on the host, so that no step waits for a GPU to say how many there were
@@ -78,20 +86,31 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def fit(self, w: Tensor) -> None:
-        """Fit the scale to ``w`` again; a learned one stays."""
-        if self.learned or not w.numel():
+        """Fit the scale to ``w`` again."""
+        if not w.numel():
+            return
+        if self.learned:
+            if self._asleep:
+                self._wake(w)
             return
         self.fits += 1
         search = self.rule == "mse" and self.bits > 1 and self.fits % REFIT == 0
         scale = self._search(w) if search else self._improved(w)
         self.scale.copy_(scale.clamp(min=torch.finfo(self.scale.dtype).tiny))
 
+    def _wake(self, w: Tensor) -> None:
+        scale = self._search(w)
+        unset = (self.log_scale <= _logarithm(torch.zeros_like(scale))) & (scale > 0)
+        self.log_scale.copy_(torch.where(unset, _logarithm(scale), self.log_scale))
+        self._asleep = bool((scale == 0).any())
+
     def forward(self, w: Tensor) -> Tensor:
         scale = self.current_scale()
-        values = (self._codes(w, scale) * scale.double()).detach()
+        codes = self._codes(w, scale)
+        values = codes * scale.detach().double()
         if not (torch.is_grad_enabled() and (w.requires_grad or scale.requires_grad)):
             return values
-        through = w.double() if not self.learned else self._surrogate(w.double(), scale.double())
+        through = w.double() if not self.learned else self._surrogate(w.double(), scale.double(), codes)
         return values + (through - through.detach())  # adds exactly 0: the value is what will be stored
 
     @torch.no_grad()
@@ -140,7 +159,7 @@ class FakeQuantize(nn.Module):
         return fit_scale(values, self.bits, self.rule, dim)
 
     def _improved(self, w: Tensor) -> Tensor:
-        """One round from the last scale: for ``"max"`` and at one bit the scale is then exact."""
+        """One round from scales at hand: for ``"max"`` and at one bit the scale is then exact."""
         w = w.double()
         if self.bits == 1:
             count = w.numel() // w.shape[0] if self.rows else w.numel()
@@ -149,31 +168,96 @@ class FakeQuantize(nn.Module):
                 w = w - torch.diag(w.diagonal())
             return self._sum(w.abs()) / max(count, 1)
         if self.rule == "max":
-            size = w.abs() if self.part == "all" else (w - torch.diag(w.diagonal())).abs()
-            return (size.amax(tuple(range(1, w.ndim)), keepdim=True) if self.rows else size.amax()) / self.top
-        codes = self._codes(w, self.scale)
-        square = self._sum(codes * codes)
-        return torch.where(square > 0, self._sum(codes * w) / square.clamp(min=1), self.scale.double())
+            return self._peak(w) / self.top
+        last = self.scale.double()
+        scale, gain = self._round(w, last)
+        # With many levels a round hardly moves, and weights below all levels would stay there: so others compete.
+        for start in (last * NEAR if self.fits % 2 else last / NEAR, self._peak(w) / self.top):
+            other, better = self._round(w, start)
+            scale = torch.where(better > gain * (1 + 2**-44), other, scale)  # by more than rounding
+            gain = torch.maximum(gain, better)
+        return scale
+
+    def _round(self, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The least-squares scale ⟨w, c⟩/⟨c, c⟩ of the codes at ``start``, and by how much it lowers Σ w²."""
+        codes = self._codes(w, start)
+        along, square = self._sum(codes * w), self._sum(codes * codes).clamp(min=1)
+        return along / square, along * (along / square)
 
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(tuple(range(1, values.ndim)), keepdim=True) if self.rows else values.sum()
 
-    def _surrogate(self, w: Tensor, scale: Tensor) -> Tensor:
+    def _peak(self, w: Tensor) -> Tensor:
+        size = w.abs() if self.part == "all" else (w - torch.diag(w.diagonal())).abs()
+        return size.amax(tuple(range(1, w.ndim)), keepdim=True) if self.rows else size.amax()
+
+    def _surrogate(self, w: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
         """A function of w and s with the gradients of LSQ."""
         share = 1 / math.sqrt(max(w.numel() // max(scale.numel(), 1), 1) * self.top)
-        scale = scale.detach() + (scale - scale.detach()) * share
-        codes = self._codes(w, scale)
         if self.bits == 1:  # ±s: the gradient of s is the sign, that of w passes
-            return w + scale * codes
-        ratio = (w / scale).clamp(-self.top, self.top)
-        return scale * ratio + scale * (codes - ratio.detach())
+            return w + (share * scale) * codes
+        ratio = w.detach() / scale.detach()
+        inside = ratio.abs() <= self.top
+        return w * inside + (share * scale) * (codes - torch.where(inside, ratio, 0.0))
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.fits)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.fits = int(state)
+        if self.learned:
+            self._asleep = bool((self.log_scale <= _logarithm(torch.zeros_like(self.log_scale))).any())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(t: Tensor) -> Tensor:  # casting a scale would change what the codes stand for
+            device = fn(t).device
+            return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         how = "learned" if self.learned else self.rule
         return f"bits={self.bits}, scale={how}, part={self.part}"
+
+
+@final
+class Seen:
+    """Which tensors the scales were fitted to last.
+
+    Their values are compared, because fused optimizers and ``tensor.data`` write without counting a version; the
+    versions, because loading a state brings scales of its own. A copy has seen the same values.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._versions: list[int] | None = []
+
+    def changed(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether ``tensors`` are others than at the last call."""
+        now = [tensor.detach() for tensor in tensors]
+        versions = [tensor._version for tensor in now]
+        known = self._versions in (None, versions) and len(now) == len(self._values)
+        if known and all(map(_same, self._values, now)):
+            self._versions = versions
+            return False
+        self._values, self._versions = [tensor.clone() for tensor in now], versions
+        return True
+
+    def __deepcopy__(self, memo: Any) -> Seen:
+        copy = Seen()
+        copy._values, copy._versions = [value.clone() for value in self._values], None  # versions begin anew
+        return copy
+
+    def __reduce__(self) -> tuple[type[Seen], tuple[()]]:
+        return Seen, ()
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    alike = old.dtype == new.dtype and old.device == new.device and old.shape == new.shape
+    return alike and torch.equal(old, new)
+
+
+def _logarithm(scale: Tensor) -> Tensor:
+    """log s in the dtype of s, of at least its smallest normal number."""
+    return scale.double().clamp(min=torch.finfo(scale.dtype).tiny).log().to(scale.dtype)

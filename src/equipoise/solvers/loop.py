@@ -22,7 +22,7 @@ from ..activations import Activation, Linearized
 from ..errors import OptionError
 from ..operators import FixedPointMap, MonotoneOperator
 
-__all__ = ["Problem", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
+__all__ = ["Habit", "Problem", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
 
 Stop = Literal["bound", "residual"]
 
@@ -32,6 +32,9 @@ MAX_STEPS = 20_000
 CHUNK = 2**21
 """Entries of an iterate worked on at a time on a CPU: what stays in its cache between passes."""
 
+
+PATIENCE = 4
+"""Solves that end at a habit's first look before it comes a step earlier."""
 
 SMALL = 2**15
 """Entries of an iterate below which finished samples are carried along: sorting them out would cost more."""
@@ -135,6 +138,33 @@ def check_alpha(alpha: float | None, owner: str) -> None:
         raise OptionError(f"{owner} alpha is {alpha!r}; it is a finite number above 0, or None to choose it")
 
 
+@dataclass
+class Habit:
+    """Where a solve that is repeated on slowly changing problems is worth a first look: where the last ones ended.
+
+    A look that comes too late costs steps, one too early a look: after four solves that ended at the first look it
+    comes a step earlier. What is learned is heeded once it is planned, so that the same problem is solved in the same
+    steps until then.
+    """
+
+    first: int | None = None
+    streak: int = 0
+    planned: int | None = None
+
+    def plan(self) -> None:
+        """Heed from now on what was learned so far."""
+        self.planned = self.first
+
+    def learn(self, steps: int) -> None:
+        """Take in that a solve ended after ``steps``."""
+        if self.first is not None and steps <= self.first:
+            self.streak += 1
+            if self.streak == PATIENCE:
+                self.first, self.streak = max(self.first - 1, 1), 0
+        else:
+            self.first, self.streak = steps, 0
+
+
 class Schedule(NamedTuple):
     """When to look: at step ``first`` and every ``every`` steps after it, never past ``last``."""
 
@@ -143,8 +173,8 @@ class Schedule(NamedTuple):
     last: int
 
     @classmethod
-    def of(cls, solver: Solver, tuning: Tuning, tol: float, measured: bool) -> Schedule:
-        """First look where a trial run suggests; a budget well above the a-priori count.
+    def of(cls, solver: Solver, tuning: Tuning, tol: float, measured: bool, habit: Habit | None = None) -> Schedule:
+        """First look where a trial run, or a habit, suggests; a budget well above the a-priori count.
 
         Where a judge measures errors the first look is early, since what it measures makes the next ones sharp;
         where nobody does, early looks would only cost.
@@ -158,6 +188,8 @@ class Schedule(NamedTuple):
         expected = min(expected, MAX_STEPS / 2)
         first = solver.check_every or max(2, math.floor((0.65 if measured else 1.1) * expected))
         every = solver.check_every or max(2, math.ceil((0.1 if measured else 0.2) * expected))
+        if habit is not None and habit.planned is not None and solver.check_every is None:
+            first, every = habit.planned, 2
         budget = MAX_STEPS // 10 if horizon is None else min(MAX_STEPS, math.ceil(3 * horizon) + 100)
         return cls(first, every, solver.max_steps or min(max(budget, 2 * first), MAX_STEPS))
 
@@ -179,20 +211,26 @@ Judge = Callable[[Problem, Tensor], Verdict]
 
 
 def iterate(
-    solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge | None = None
+    solver: Solver,
+    problem: Problem,
+    tuning: Tuning,
+    tol: float,
+    stop: Stop,
+    judge: Judge | None = None,
+    habit: Habit | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the loop. Returns (steps (B,), done (B,), results...): what ``judge`` wrote down, or without one w.
 
     A sample ends when the judge passes it, when its iterates stop moving in floating point or are no longer
     finite, or when the budget is spent; the last three are judged as they are. Without a judge the solver's own
-    estimate decides, and a sample that stands still counts as done.
+    estimate decides, and a sample that stands still counts as done. A ``habit`` says when to look first.
     """
     rows = len(problem.injection)
     width = max(64, CHUNK // max(problem.operator.features, 1))
     if problem.injection.device.type != "cpu" or rows <= width:
-        return _Run(solver, problem, tuning, tol, stop, judge).run()
+        return _Run(solver, problem, tuning, tol, stop, judge, habit).run()
     chunks = [
-        _Run(solver, problem.select(slice(begin, begin + width)), tuning, tol, stop, judge).run()
+        _Run(solver, problem.select(slice(begin, begin + width)), tuning, tol, stop, judge, habit).run()
         for begin in range(0, rows, width)
     ]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
@@ -202,10 +240,17 @@ class _Run:
     """One chunk's way through the loop: the batch that is still computed, and the results written down."""
 
     def __init__(
-        self, solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge | None
+        self,
+        solver: Solver,
+        problem: Problem,
+        tuning: Tuning,
+        tol: float,
+        stop: Stop,
+        judge: Judge | None,
+        habit: Habit | None,
     ) -> None:
         self.solver, self.problem, self.tol, self.judge = solver, problem, tol, judge
-        self.schedule = Schedule.of(solver, tuning, tol, judge is not None)
+        self.schedule = Schedule.of(solver, tuning, tol, judge is not None, habit)
         q = problem.injection
         self.total = len(q)
         self.rows = torch.arange(self.total, device=q.device)
