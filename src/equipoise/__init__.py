@@ -6,7 +6,19 @@ One public path per name; whatever is not listed here is private.
 from importlib.metadata import version as _version
 
 from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
-from .certificates import Certificate, IterateFloor, certify, input_lipschitz, iterate_floor, lipschitz, margin
+from .certificates import (
+    Box,
+    Certificate,
+    IterateFloor,
+    certified_classes,
+    certified_radius,
+    certify,
+    input_lipschitz,
+    interval,
+    iterate_floor,
+    lipschitz,
+    margin,
+)
 from .errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -26,6 +38,7 @@ from .layers import NEMON, MonDEQ
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
+from .robust import PixelBall, RobustLoss, Robustness, lipschitz_loss, pgd, robustness
 from .solvers import (
     Anderson,
     Broyden,
@@ -47,6 +60,7 @@ __all__ = [
     "Activation",
     "Anderson",
     "Assembled",
+    "Box",
     "Broyden",
     "Cayley",
     "Certificate",
@@ -69,7 +83,10 @@ __all__ = [
     "OutputError",
     "PeacemanRachford",
     "Picard",
+    "PixelBall",
     "ReLU",
+    "RobustLoss",
+    "Robustness",
     "Rounded",
     "Scheme",
     "Sigmoid",
@@ -81,16 +98,22 @@ __all__ = [
     "Structured",
     "Tanh",
     "Tseng",
+    "certified_classes",
+    "certified_radius",
     "certify",
     "convert",
     "import_model",
     "input_lipschitz",
+    "interval",
     "iterate_floor",
     "lipschitz",
+    "lipschitz_loss",
     "load",
     "margin",
+    "pgd",
     "prepare_qat",
     "quantize",
+    "robustness",
     "save",
     "size",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ __all__ = [
     "Hardtanh",
     "LeakyReLU",
     "Linearized",
+    "Mirrored",
     "ReLU",
     "Sigmoid",
     "SoftThreshold",
@@ -288,6 +289,33 @@ class Linearized(Activation):
             gain = self.slopes / (self.slopes + alpha * (1 - self.slopes))
             self._gains[alpha] = gain, 2 * gain - 1
         return self._gains[alpha]
+
+
+@dataclass(frozen=True)
+class Mirrored(Activation):
+    """(a, b) ↦ (−σ(−a), σ(b)) on pairs ``(B, 2n)``: the activation of a box written as (−lower, upper) (theory §7)."""
+
+    of: Activation
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self._halves(v, lambda half: self.of(half))
+
+    def prox(self, v: Tensor, alpha: float) -> Tensor:
+        return self._halves(v, lambda half: self.of.prox(half, alpha))
+
+    def derivative(self, v: Tensor) -> Tensor:
+        a, b = v.chunk(2, -1)
+        return torch.cat((self.of.derivative(-a), self.of.derivative(b)), -1)
+
+    def evaluation_error(self, p: Tensor) -> Tensor | float:
+        a, b = p.chunk(2, -1)
+        errors = self.of.evaluation_error(-a), self.of.evaluation_error(b)
+        found = [error for error in errors if isinstance(error, Tensor)]
+        return torch.cat(found, -1) if found else 0.0
+
+    def _halves(self, v: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        a, b = v.chunk(2, -1)
+        return torch.cat((-apply(-a), apply(b)), -1)
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

@@ -1,4 +1,4 @@
-"""Networks that were trained elsewhere: the state dicts of other projects' monotone equilibrium networks.
+"""Networks that were trained elsewhere: the state dicts of other projects' equilibrium networks.
 
 A format is a function from a state dict to a model; it registers in ``FORMATS``. Sizes are read from the tensors.
 Checkpoints are read with PyTorch's restricted unpickler, which builds tensors and runs nothing.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._codecs.tensors import TensorReader, first_bytes, open_tensors
 from .data import Preprocessing
 from .errors import FileFormatError, InputError, OptionError
-from .layers import MonDEQ
+from .layers import NEMON, MonDEQ
 from .parametrizations.monotone import MARGIN_FLOOR, check_margin
 
 __all__ = ["FORMATS", "import_model"]
@@ -32,7 +32,7 @@ _MNIST = Preprocessing(mean=0.1307, std=0.3081, scale=255.0, input_shape=(28, 28
 
 
 def import_model(path: str | os.PathLike[str], format: str, margin: float | None = None) -> nn.Sequential:
-    """The network of another project's checkpoint as ``Sequential(MonDEQ, Linear)``, in its dtype, on the CPU.
+    """The network of another project's checkpoint as ``Sequential(layer, Linear)``, in its dtype, on the CPU.
 
     Formats (W as in theory §1; the activation is ReLU):
 
@@ -42,6 +42,9 @@ def import_model(path: str | os.PathLike[str], format: str, margin: float | None
     - ``"monotone_op_net"`` [WK20], its fully connected network: keys ``mon.linear_module.{U.weight (n, d), U.bias
       (n,), A.weight (n, n), B.weight (n, n)}``, ``Wout.weight (k, n)``, ``Wout.bias (k,)``.
       W = (1 − m) I − AᵀA + B − Bᵀ.
+    - ``"nemon"`` [JDPB21], its fully connected network: keys ``mon.linear_module.{U.weight (n, d), U.bias (n,),
+      A.weight (n, n), d (n,)}``, ``Wout.weight (k, n)``, ``Wout.bias (k,)``; gives a NEMON layer.
+      W = γ I + D⁻¹ A D − diag(|A| 1), D = diag(e^d), with γ = 1 − margin.
 
     With d = 784 the model gets the ``preprocessing`` both projects use on MNIST: (pixel/255 − 0.1307)/0.3081.
 
@@ -49,7 +52,8 @@ def import_model(path: str | os.PathLike[str], format: str, margin: float | None
         path: a ``.pt`` or ``.pth`` file that holds the state dict, or a dict with it under ``state_dict`` or
             ``model_state_dict``; or a ``.safetensors`` file.
         format: one of ``FORMATS``.
-        margin: m where the file has none, as for monotone_op_net (default 1.0, with which that project trains).
+        margin: m where the file has none: of monotone_op_net (default 1.0, with which that project trains), and 1 − γ
+            of nemon (default 0.9, that is γ = 0.1, as its network has by default).
 
     Raises:
         OptionError: an unknown format; a margin that is not positive, or one for a format that stores its own.
@@ -92,19 +96,35 @@ def _monotone_op_net(state: State, margin: float | None) -> nn.Sequential:
     return _assemble(A, B, 1.0 if margin is None else margin, U, b, state["Wout.weight"], state["Wout.bias"])
 
 
+def _nemon(state: State, margin: float | None) -> nn.Sequential:
+    core = "mon.linear_module."
+    if any(value.ndim == 4 for key, value in state.items() if key.startswith(core)):
+        raise FileFormatError("it is a convolutional network, and only the fully connected one can be imported")
+    shapes = {"U.weight": "n d", "U.bias": "n", "A.weight": "n n", "d": "n"}
+    _check(state, {**{core + key: shape for key, shape in shapes.items()}, "Wout.weight": "k n", "Wout.bias": "k"})
+    U, b, A, d = (state[core + key] for key in shapes)
+    layer = NEMON.from_factors(A, d, 1 - (0.9 if margin is None else margin), U, b)
+    return _headed(layer, state["Wout.weight"], state["Wout.bias"])
+
+
 FORMATS: dict[str, Callable[[State, float | None], nn.Sequential]] = {
     "mondeq-quant": _mondeq_quant,
     "monotone_op_net": _monotone_op_net,
+    "nemon": _nemon,
 }
 """From a state dict, and a margin or None, to a model: a new format registers here."""
 
 
 def _assemble(A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, V: Tensor, c: Tensor) -> nn.Sequential:
     """x ↦ V z* + c as a model of its own tensors."""
+    return _headed(MonDEQ.from_factors(A, B, margin, U, b), V, c)
+
+
+def _headed(layer: MonDEQ | NEMON, V: Tensor, c: Tensor) -> nn.Sequential:
     head = nn.Linear(V.shape[1], V.shape[0], device="meta")
     head.load_state_dict({"weight": V.clone(), "bias": c.clone()}, assign=True)
-    model: Any = nn.Sequential(MonDEQ.from_factors(A, B, margin, U, b), head)
-    if U.shape[1] == _MNIST.features:
+    model: Any = nn.Sequential(layer, head)
+    if layer.in_features == _MNIST.features:
         model.preprocessing = _MNIST
     return model
 
@@ -125,7 +145,7 @@ def _check(state: State, shapes: Mapping[str, str]) -> None:
         found = state[key].shape
         if len(found) != len(letters) or any(sizes.setdefault(k, n) != n for k, n in zip(letters, found, strict=True)):
             raise FileFormatError(f"expected {expected}; found {_listed(state)}; {key} does not fit")
-    if 0 in sizes.values() or sizes["r"] > sizes["n"]:
+    if 0 in sizes.values() or sizes.get("r", 0) > sizes["n"]:
         raise FileFormatError(f"A has between 1 and n rows, and no size is 0; found {_listed(state)}")
     for key in shapes:
         _check_entries(key, state[key], next(iter(state.values())).dtype)

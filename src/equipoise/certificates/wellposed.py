@@ -16,11 +16,12 @@ from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
 from ..layers.chain import chain, equilibrium_layers
 from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
+from ..norms import Euclidean
 from ..operators import DenseOperator, QuantizedWeight
 from ..operators.quantized import AssembledWeight
 from ..solvers import ForwardBackward
 
-__all__ = ["Perturbation", "fresh_operator", "input_lipschitz", "lipschitz", "margin", "observe", "perturbation"]
+__all__ = ["Perturbation", "euclidean_lipschitz", "fresh_operator", "lipschitz", "margin", "observe", "perturbation"]
 
 
 def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
@@ -47,17 +48,18 @@ def lipschitz(model: nn.Module) -> float:
     return max(fresh_operator(layer).lipschitz() for _, layer in equilibrium_layers(model))
 
 
-def input_lipschitz(model: nn.Module) -> float | None:
+def euclidean_lipschitz(model: nn.Module) -> float | None:
     """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer [PWK21].
 
-    Linear modules on the way count with their norms. None where a layer has no proved margin, and where a torch
-    softplus has a threshold below its default 20, since it jumps there (by 2e-9/β at 20, which is left out).
+    Linear modules on the way count with their norms. None where a layer has no proved Euclidean margin, and where a
+    torch softplus has a threshold below its default 20, since it jumps there (by 2e-9/β at 20, which is left out).
     """
     bound = 1.0
     for _, module in chain(model):
         if isinstance(module, EquilibriumLayer):
-            m = fresh_operator(module).margin()
-            if m <= 0:
+            operator = fresh_operator(module)
+            m = operator.margin()
+            if m <= 0 or not isinstance(operator.family, Euclidean):
                 return None
             assert isinstance(module.injection, (nn.Linear, QuantizedLinear))
             bound = verified.up(bound * verified.up(_norm(module.injection) / m))

@@ -117,7 +117,7 @@ def import_(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A .pt, .pth or .safetensors state dict.", show_default=False)
     ],
-    format: Annotated[str, typer.Option(help="mondeq-quant or monotone_op_net.", show_default=False)],
+    format: Annotated[str, typer.Option(help="mondeq-quant, monotone_op_net or nemon.", show_default=False)],
     out: Out,
     margin: Annotated[
         float | None, typer.Option(help="m where the file has none; default 1.0.", show_default=False)

@@ -17,14 +17,14 @@ from ..norms import EUCLIDEAN, Norm, WeightedMax
 from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
 from ..operators.base import product_rounding
 from ..quantization.schemes import Scheme
-from ..solvers import Problem, Solution, Solver, Tuning, solve, tuned
+from ..solvers import ForwardBackward, Picard, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
 from .arguments import check_finite, check_solver, check_tol, reached
 from .cache import Derived, keeping
 from .linear import PreparedLinear, QuantizedLinear, affine, affine64, anchor
 from .memory import Memory
 
-__all__ = ["EquilibriumLayer", "family_of"]
+__all__ = ["EquilibriumLayer", "averaged_solver", "family_of"]
 
 NEAR = 1e-3
 """A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
@@ -63,6 +63,7 @@ class EquilibriumLayer(nn.Module, ABC):
         self.scheme: Scheme | None = None
         self._derived, self._derived_injection = Derived(), Derived()
         self.training_memory: Memory | None = None  # of the last steps; no part of the state
+        self.box_memory: Memory | None = None
 
     @staticmethod
     def _check_sizes(**sizes: int) -> None:
@@ -323,7 +324,7 @@ class EquilibriumLayer(nn.Module, ABC):
 
     def forget_tuning(self) -> None:
         """Have the next call search for the solver's step, as in a process that goes on from a checkpoint."""
-        self._derived, self.training_memory = Derived(), None
+        self._derived, self.training_memory, self.box_memory = Derived(), None, None
 
     def extra_repr(self) -> str:
         return (
@@ -337,6 +338,12 @@ def family_of(recurrent: nn.Module) -> Norm:
     family = getattr(recurrent, "family", None)
     found: Norm = EUCLIDEAN if family is None else family()
     return found
+
+
+def averaged_solver(activation: Activation) -> Solver:
+    """What solves in a weighted maximum norm: forward–backward, which contracts at least as fast as the averaged
+    iteration at the same step, or the latter where prox_{αf} is found by iteration."""
+    return Picard() if type(activation).prox is Activation.prox else ForwardBackward()
 
 
 def _beyond_float32(operator: DenseOperator, tol: float) -> bool:

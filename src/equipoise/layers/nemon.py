@@ -7,14 +7,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation, ReLU
+from ..activations import Activation, ReLU, as_activation
 from ..errors import InputError, NotWellPosedError
 from ..norms import WeightedMax
 from ..parametrizations import Contractive, Weighted
 from ..parametrizations.nemon import best_weights
-from ..solvers import Picard, Solver
+from ..solvers import Solver
 from .arguments import check_affine, check_square, check_tensors, refuse
-from .equilibrium import EquilibriumLayer
+from .equilibrium import EquilibriumLayer, averaged_solver
 
 __all__ = ["NEMON"]
 
@@ -32,7 +32,8 @@ class NEMON(EquilibriumLayer):
         learn_gamma: train γ as 1 − softplus(raw) − 1e-3.
         learn_weights: train d; otherwise it stays 0.
         activation: σ with slopes in [0, 1], or its name.
-        solver: default the averaged iteration at its best step.
+        solver: default forward–backward at the averaged iteration's best step α*, which contracts at least as fast
+            (:class:`equipoise.Picard` is the averaged iteration itself); where prox_{αf} has no closed form, Picard.
         tol: relative tolerance of ``forward``; default 1e-5 in float32, 1e-12 in float64.
         backward_tol: the same for gradients; default that of ``forward``.
         training_tol: of ``forward`` in training mode; default ``tol``. 1e-2 gives gradients right to about as much.
@@ -55,14 +56,15 @@ class NEMON(EquilibriumLayer):
         learn_gamma: bool = False,
         learn_weights: bool = True,
         activation: Activation | str = ReLU(),
-        solver: Solver = Picard(),
+        solver: Solver | None = None,
         tol: float | None = None,
         backward_tol: float | None = None,
         training_tol: float | None = None,
         strict: bool = False,
     ) -> None:
         self._check_sizes(in_features=in_features, features=features)
-        weights = Contractive(features, gamma, learn_gamma, learn_weights)
+        weights, activation = Contractive(features, gamma, learn_gamma, learn_weights), as_activation(activation)
+        solver = averaged_solver(activation) if solver is None else solver
         super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, training_tol, strict)
 
     @classmethod

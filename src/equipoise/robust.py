@@ -1,0 +1,345 @@
+"""Robustness in pixel units: certified, attacked, and trained for (theory §7).
+
+ε is a distance in pixels scaled to [0, 1]: with x = (pixel − mean)/std a network sees perturbations of at most ε/std.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .certificates import certified_classes
+from .certificates.displacement import evaluated
+from .data import Preprocessing, Split
+from .errors import InputError, OptionError, StructureError
+from .layers.box import box_equilibrium, box_linear
+from .layers.chain import EQUILIBRIUM, chain, final_head
+from .layers.equilibrium import EquilibriumLayer
+from .layers.linear import PreparedLinear, QuantizedLinear, affine
+from .norms import WeightedMax
+
+__all__ = ["PixelBall", "RobustLoss", "Robustness", "lipschitz_loss", "pgd", "robustness", "worst_scores"]
+
+LINEAR = (nn.Linear, QuantizedLinear, PreparedLinear)
+ROUNDING = 1e-6
+"""Of x in float32, relative to its size: how far a pixel may seem to lie outside [0, 1]."""
+
+
+@final
+@dataclass(frozen=True)
+class PixelBall:
+    """All images within ``eps`` of one, pixel by pixel, that are images: pixels stay in [0, 1].
+
+    Args:
+        eps: in pixels scaled to [0, 1]; 0 or more.
+        preprocessing: what was done to the pixels that a network is fed.
+
+    Raises:
+        OptionError: ``eps`` negative, not finite, or above 1.
+    """
+
+    eps: float
+    preprocessing: Preprocessing
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+    def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, high) ``(B, d)`` in float64 for preprocessed ``x (B, d)``, rounded outwards.
+
+        Raises:
+            InputError: x of another size, or with entries that are no pixels in [0, 1] after this preprocessing.
+        """
+        black, white, std = self._ends(x)
+        x = x.detach().to("cpu", torch.float64)
+        slack = ROUNDING * (1 + black.abs().maximum(white.abs()))
+        if bad := int(((x < black - slack) | (x > white + slack)).sum()):
+            raise InputError(
+                f"{bad} of {x.numel()} entries are outside [{float(black.min()):.4g}, {float(white.max()):.4g}], where "
+                f"pixels lie after {self.preprocessing}: give inputs preprocessed that way, and eps in pixels of [0, 1]"
+            )
+        reach = self.eps / std * (1 + 1e-15)
+        infinity = torch.full_like(x, math.inf)
+        low, high = torch.nextafter(x - reach, -infinity), torch.nextafter(x + reach, infinity)
+        low, high = low.maximum((black - slack).expand_as(x)), high.minimum((white + slack).expand_as(x))
+        return low.minimum(x), high.maximum(x)
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Black, white and std ``(d,)``, in what the network is fed."""
+        p = self.preprocessing
+        if x.ndim != 2 or x.shape[1] != p.features:
+            raise InputError(f"x is {tuple(x.shape)}; (batch, {p.features}) is what {p} makes")
+        channels = p.input_shape[0]
+        mean, std = (
+            torch.as_tensor(value, dtype=torch.float64).expand(channels).repeat_interleave(p.features // channels)
+            for value in (p.mean, p.std)
+        )
+        return -mean / std, (1 - mean) / std, std
+
+
+def check_eps(eps: float) -> float:
+    """``eps`` as a float; raises :class:`OptionError` unless 0 <= eps <= 1."""
+    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not number or not 0 <= eps <= 1:
+        raise OptionError(f"eps is {eps!r}; it is a distance in pixels scaled to [0, 1], such as 0.1")
+    return float(eps)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Robustness:
+    """What holds of ``count`` samples under perturbations of at most ``eps`` per pixel.
+
+    ``certified_accuracy``: share of samples proved to keep their right class over the whole ball. ``clean_accuracy``:
+    share classified rightly. ``pgd_accuracy``: share that the attack leaves right. The true robust accuracy lies
+    between the first and the last. ``agreement``: with a reference, the share of samples at every point of whose
+    ball the model provably gives the reference's class. ``certified``, ``agreeing``: per sample ``(B,)``.
+    """
+
+    eps: float
+    count: int
+    certified_accuracy: float
+    clean_accuracy: float
+    pgd_accuracy: float | None
+    agreement: float | None
+    certified: Tensor
+    agreeing: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values, without the samples."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if not isinstance(value, Tensor) and name != "agreeing"}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+
+def robustness(
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    eps: float,
+    reference: nn.Module | None = None,
+    attack_steps: int = 20,
+) -> Robustness:
+    """Certify and attack ``model`` on ``split`` within ``eps`` per pixel (of [0, 1]).
+
+    Args:
+        model: ends in one linear head; float or quantized.
+        preprocessing: of ``split``'s inputs.
+        reference: a float model, to prove the same class over each ball: of both, perturbation and quantization.
+        attack_steps: of projected gradient ascent; 0 attacks none.
+
+    Raises:
+        OptionError: eps outside [0, 1].
+        InputError: an empty split; inputs that are no preprocessed pixels.
+        NotWellPosedError, StructureError: as :func:`equipoise.certified_classes`.
+    """
+    ball = PixelBall(eps, preprocessing)
+    if not len(split):
+        raise InputError("an empty split has no robustness: give at least one sample")
+    x, y = split.x, split.y.cpu()
+    low, high = ball.box(x)
+    proved = certified_classes(model, low, high)
+    certified = proved == y
+    agreeing = None
+    if reference is not None:
+        agreeing = (proved >= 0) & (proved == certified_classes(reference, low, high))
+    clean = _classes(model, x) == y
+    attacked = None
+    if attack_steps:
+        moved = pgd(model, x, split.y, ball, attack_steps)
+        attacked = clean & (_classes(model, moved) == y)
+    return Robustness(
+        float(eps),
+        len(y),
+        float(certified.double().mean()),
+        float(clean.double().mean()),
+        None if attacked is None else float(attacked.double().mean()),
+        None if agreeing is None else float(agreeing.double().mean()),
+        certified,
+        agreeing,
+    )
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, x: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    try:
+        return torch.cat([model(part).argmax(1) for part in _like(model, x).split(4096)]).cpu()
+    finally:
+        model.train(was_training)
+
+
+def _like(model: nn.Module, x: Tensor) -> Tensor:
+    """``x`` on the device and in the precision of the model."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    layers = [module for module in model.modules() if isinstance(module, EQUILIBRIUM)]
+    return x.to(layers[0].bias) if layers else x.to(tensors[0]) if tensors else x
+
+
+def pgd(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int = 20, seed: int = 0) -> Tensor:
+    """Projected gradient ascent on the cross-entropy: points ``(B, d)`` of the ball of each ``x (B, d)``.
+
+    Starts at random in the ball; steps of 2.5 ε/steps by the gradient's sign; of every sample the point with the
+    smallest lead of its class ``y (B,)`` is kept. What it finds bounds robust accuracy from above.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise OptionError(f"steps is {steps!r}; it is a positive integer")
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        return torch.cat(
+            [_ascend(model, a, b, ball, steps, generator) for a, b in zip(x.split(2048), y.split(2048), strict=True)]
+        )
+    finally:
+        model.train(was_training)
+
+
+def _ascend(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int, generator: torch.Generator) -> Tensor:
+    low, high = ball.box(x)
+    like = _like(model, x[:0])
+    # inside the ball also where it is rounded to the model's dtype
+    lo, hi = torch.nextafter(low.to(like), high.to(like)), torch.nextafter(high.to(like), low.to(like))
+    x, y = x.to(like), y.to(like.device)
+    lo, hi = torch.minimum(lo, x), torch.maximum(hi, x)
+    rate = (hi - lo).amax(0) * (1.25 / steps)
+    best, best_lead = x.clone(), _lead(model, x, y)
+    point = lo + (hi - lo) * torch.rand(x.shape, generator=generator).to(like)
+    for _ in range(steps):
+        point = point.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(cross_entropy(model(point), y, reduction="sum"), point)
+        point = (point.detach() + rate * gradient.sign()).maximum(lo).minimum(hi)
+        lead = _lead(model, point, y)
+        better = lead < best_lead
+        best, best_lead = torch.where(better[:, None], point, best), torch.where(better, lead, best_lead)
+    return best
+
+
+@torch.no_grad()
+def _lead(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """By how much the score of class ``y`` leads."""
+    scores = model(x)
+    own = scores.gather(1, y[:, None])[:, 0]
+    return own - scores.scatter(1, y[:, None], -math.inf).amax(1)
+
+
+# Training
+
+
+def worst_scores(model: nn.Module, low: Tensor, high: Tensor, y: Tensor) -> Tensor:
+    """Scores ``(B, k)`` relative to that of class ``y (B,)``, each as large as it gets over the box: 0 at y itself.
+
+    Differentiable: boxes through linear modules, monotone activations and equilibria (implicitly); a bound up to the
+    solver's tolerance and rounding, as training needs it. All entries negative: the class is kept.
+    """
+    head = final_head(model, prepared=True)
+    if head is None:
+        raise StructureError("training on boxes needs a model that ends in one linear module")
+    for name, module in chain(model, prepared=True):
+        if name == head:
+            break
+        if isinstance(module, EquilibriumLayer):
+            injection: Any = module.injection
+            low, high = box_equilibrium(module, *box_linear(injection, low, high))
+        elif isinstance(module, LINEAR):
+            low, high = box_linear(module, low, high)
+        else:
+            low, high = evaluated(module, low), evaluated(module, high)
+    V, c = affine(model.get_submodule(head))
+    center, radius = (low + high) / 2, (high - low) / 2
+    scores = torch.nn.functional.linear(center, V, c)
+    # |V_j − V_y| r for every j, by the class of the sample
+    spread = torch.einsum("bkn,bn->bk", (V[None] - V[y][:, None]).abs(), radius)
+    return scores - scores.gather(1, y[:, None]) + spread
+
+
+def lipschitz_loss(model: nn.Module) -> Tensor:
+    """The ℓ∞ Lipschitz bound of the whole model as computed, differentiable: a regularizer (theory §7 [JDPB21]).
+
+    Row by row, max_k Σ_j |V_kj| η_j · max_i (Σ_j |U_ij|/η_i)/(1 − μ_i) for a NEMON layer between linear ones. What is
+    proved of the model is :func:`equipoise.input_lipschitz`, which is never larger but for rounding.
+    """
+    bound: Tensor | None = None
+    for _, module in chain(model, prepared=True):
+        if isinstance(module, EquilibriumLayer):
+            U, _ = affine(module.injection)
+            bound = _layer_reach(module, U.abs().sum(1) if bound is None else U.abs() @ bound)
+        elif isinstance(module, LINEAR):
+            W, _ = affine(module)
+            bound = W.abs().sum(1) if bound is None else W.abs() @ bound
+    assert bound is not None
+    return bound.amax()
+
+
+def _layer_reach(layer: EquilibriumLayer, q: Tensor) -> Tensor:
+    """η · max_i (q_i/η_i)/(1 − μ_i) for q ``(n,)`` >= 0, with its graph."""
+    recurrent: Any = layer.recurrent
+    weights = getattr(recurrent, "weights", recurrent)
+    W, family = layer.operator.weight, layer.operator.family
+    if not isinstance(family, WeightedMax):
+        raise StructureError(f"the ℓ∞ Lipschitz loss is of NEMON layers; {type(layer).__name__} has another norm")
+    d = getattr(weights, "d", None)
+    eta = family.eta.to(W) if d is None else torch.exp(d.detach().min() - d)
+    off = W.abs() - torch.diag(W.diagonal().abs())
+    margins = 1 - W.diagonal() - (off @ eta) / eta
+    return eta * (q / eta / margins.clamp_min(1e-3)).amax()
+
+
+@final
+@dataclass(frozen=True)
+class RobustLoss:
+    """What training adds for robustness: cross-entropy of the worst scores over boxes, and a Lipschitz term.
+
+        (1 − κ) CE(scores) + κ CE(worst scores within ε_t) + lipschitz_weight · Lipschitz bound
+
+    ε_t grows linearly from 0 to ``eps`` over the first ``ramp`` of the training, κ to ``share`` with it.
+
+    Args:
+        eps: in pixels scaled to [0, 1]; 0 leaves the boxes out.
+        share: κ at the end, in [0, 1].
+        ramp: part of the training until both are reached, in [0, 1].
+        lipschitz_weight: 0 or more.
+
+    Raises :class:`OptionError` for a value outside its range.
+    """
+
+    eps: float = 0.0
+    share: float = 0.5
+    ramp: float = 0.5
+    lipschitz_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        for name in ("share", "ramp"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise OptionError(f"{name} is {value!r}; give a part from 0 to 1")
+        weight = self.lipschitz_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise OptionError(f"lipschitz_weight is {weight!r}; give 0 or a positive number")
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, scores: Tensor, progress: float, preprocessing: Preprocessing
+    ) -> Tensor:
+        """The loss of a batch, ``progress`` of the training in [0, 1] done; ``scores`` are the model's of ``x``."""
+        grown = 1.0 if self.ramp == 0 else min(progress / self.ramp, 1.0)
+        loss = cross_entropy(scores, y)
+        if self.eps and grown:
+            low, high = PixelBall(self.eps * grown, preprocessing).box(x)
+            worst = worst_scores(model, low.to(x), high.to(x), y)
+            share = self.share * grown
+            loss = (1 - share) * loss + share * cross_entropy(worst, y)
+        if self.lipschitz_weight:
+            loss = loss + self.lipschitz_weight * lipschitz_loss(model)
+        return loss
