@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from dataclasses import replace
 from typing import Any, Self
@@ -115,7 +116,7 @@ class EquilibriumLayer(nn.Module, ABC):
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
         trained = self._trains()
-        constants = kept.setdefault("constants", {})
+        constants = kept.setdefault(("constants", self._own_stage()), {})
         if isinstance(self.recurrent, PreparedWeight) and trained:
             return self.recurrent.operator(constants)
         if isinstance(self.recurrent, (QuantizedWeight, PreparedWeight)):
@@ -267,7 +268,7 @@ class EquilibriumLayer(nn.Module, ABC):
             raise InputError(f"the layer is {like.dtype}; it solves in float32 or float64 (autocast is fine)")
         q: Tensor = self.injection(x.to(like.dtype))
         # One number tells of any NaN or infinity in x: U x spreads them, and so does the sum.
-        if not bool(torch.isfinite(q.detach().sum())) and not bool(torch.isfinite(q.detach()).all()):
+        if not math.isfinite(float(q.detach().sum())) and not bool(torch.isfinite(q.detach()).all()):
             rows = int((~torch.isfinite(q.detach()).all(dim=1)).sum())
             raise InputError(
                 f"{rows} of {len(q)} samples give U x + b with NaN or infinite entries; clean the input "
@@ -293,6 +294,11 @@ class EquilibriumLayer(nn.Module, ABC):
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())
 
+    def _own_stage(self) -> bool:
+        """Whether training has constants of its own: approximate inverses, and of a layer prepared for quantization
+        another operator than that of its codes."""
+        return self._trains() and (self.training or isinstance(self.recurrent, PreparedWeight))
+
     def _tolerance(self, dtype: torch.dtype) -> float:
         if self.training and self.training_tol is not None:
             return self.training_tol
@@ -303,15 +309,14 @@ class EquilibriumLayer(nn.Module, ABC):
         with keeping():  # what is kept must serve training as well
             kept = self._derived.of(self.recurrent)
             operator = self._operator(kept)
-            # of a layer prepared for quantization the operator in training is another object than that of its codes
-            key = "tuning", solver, isinstance(self.recurrent, PreparedWeight) and torch.is_grad_enabled()
+            key = "tuning", solver, self._own_stage()
             if key not in kept:
-                check_finite(operator.weight.detach(), "the recurrent weights' W")
                 memory = self.training_memory if self.training and self._trains() and solver == self.solver else None
                 if memory is not None and memory.serves(operator):
                     memory.carry(operator, self._tolerance(operator.weight.dtype))
                     kept[key] = memory.tuning
                 else:
+                    check_finite(operator.weight.detach(), "the recurrent weights' W")
                     kept[key] = self._retune(solver, operator)
         found: Tuning = kept[key]
         return operator, found

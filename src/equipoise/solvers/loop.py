@@ -249,31 +249,51 @@ class _Run:
         judge: Judge | None,
         habit: Habit | None,
     ) -> None:
-        self.solver, self.problem, self.tol, self.judge = solver, problem, tol, judge
+        self.solver, self.problem, self.tuning, self.tol, self.judge = solver, problem, tuning, tol, judge
         self.schedule = Schedule.of(solver, tuning, tol, judge is not None, habit)
-        q = problem.injection
-        self.total = len(q)
-        self.rows = torch.arange(self.total, device=q.device)
-        self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
+        self.total = len(problem.injection)
         gain = tuning.gain if judge is None or tuning.keen is None else tuning.keen
-        gain = gain if stop == "bound" and gain is not None else 1.0
-        self.gain = q.new_full((self.total,), gain)
-        self.still = 4 * torch.finfo(q.dtype).eps
-        # the step from which on each sample is looked at again, by its own forecast, and the earliest of them
-        self.due = self.rows.new_zeros(self.total)
-        self.earliest = 0
-        self.pace = -math.log(tuning.pace) if tuning.pace is not None else math.inf
+        self.first_gain = gain if stop == "bound" and gain is not None else 1.0
         self.results: list[Tensor] = []
         self.fixed_point = solver.map(problem, tuning)
         self.state = solver.init(self.fixed_point)
 
+    def _open(self) -> None:
+        """Begin to keep books on the samples, one by one."""
+        q = self.problem.injection
+        self.rows = torch.arange(self.total, device=q.device)
+        self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
+        self.gain = q.new_full((self.total,), self.first_gain)
+        self.still = 4 * torch.finfo(q.dtype).eps
+        # the step from which on each sample is looked at again, by its own forecast, and the earliest of them
+        self.due = self.rows.new_zeros(self.total)
+        self.earliest = 0
+        self.pace = -math.log(self.tuning.pace) if self.tuning.pace is not None else math.inf
+
     def run(self) -> tuple[Tensor, ...]:
-        for step in range(1, self.schedule.last + 1):
-            if step > 1:
+        first, last = min(self.schedule.first, self.schedule.last), self.schedule.last
+        for _ in range(1, first):
+            self.state = self.solver.step(self.fixed_point, self.state)
+        if self.judge is None and (settled := self._settled()) is not None:
+            q = self.problem.injection
+            steps = torch.full((self.total,), first, device=q.device)
+            return steps, torch.ones(self.total, dtype=torch.bool, device=q.device), settled
+        self._open()
+        for step in range(first, last + 1):
+            if step > first:
                 self.state = self.solver.step(self.fixed_point, self.state)
-            if self.schedule.looks(step) and (step >= self.earliest or step >= self.schedule.last) and self._look(step):
+            if self.schedule.looks(step) and (step >= self.earliest or step >= last) and self._look(step):
                 break
         return tuple(self.results)
+
+    def _settled(self) -> Tensor | None:
+        """The estimates w if every sample is within the tolerance, as far as the solver can tell: one look at all."""
+        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1)
+        w = self.fixed_point.point(self.state.image)
+        size = torch.linalg.vector_norm(w, dim=1)
+        # an overflow is no convergence, and NaN compares as false
+        ready = (move * self.first_gain <= size * self.tol) & (size < math.inf)
+        return w if bool(ready.all()) else None
 
     def _look(self, step: int) -> bool:
         """Write down the samples that are finished; True when none is left."""
@@ -282,9 +302,6 @@ class _Run:
         size = torch.linalg.vector_norm(w, dim=1)
         due = self.due <= step
         ready = due & (self.gain * move <= self.tol * size) & (size < math.inf)  # an overflow is no convergence
-        if self.judge is None and not self.results and bool(ready.all()):
-            self._record(torch.full_like(self.rows, step), ready, w)
-            return True
         reach = torch.linalg.vector_norm(self.state.image, dim=1)
         still = (move <= self.still * reach) & (reach < math.inf)
         hopeless = due & (~torch.isfinite(move) | still)
