@@ -304,6 +304,10 @@ class Mirrored(Activation):
 
     of: Activation
 
+    @cached_property
+    def fixes_zero(self) -> bool:
+        return self.of.fixes_zero
+
     def __call__(self, v: Tensor) -> Tensor:
         return self._halves(v, lambda half: self.of(half))
 

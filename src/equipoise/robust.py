@@ -25,7 +25,16 @@ from .layers.equilibrium import EquilibriumLayer
 from .layers.linear import PreparedLinear, QuantizedLinear, affine
 from .norms import WeightedMax
 
-__all__ = ["PixelBall", "RobustLoss", "Robustness", "lipschitz_loss", "pgd", "robustness", "worst_scores"]
+__all__ = [
+    "PixelBall",
+    "RobustLoss",
+    "Robustness",
+    "check_eps",
+    "lipschitz_loss",
+    "pgd",
+    "robustness",
+    "worst_scores",
+]
 
 LINEAR = (nn.Linear, QuantizedLinear, PreparedLinear)
 ROUNDING = 1e-6
@@ -99,7 +108,7 @@ class Robustness:
 
     ``certified_accuracy``: share of samples proved to keep their right class over the whole ball. ``clean_accuracy``:
     share classified rightly. ``pgd_accuracy``: share that the attack leaves right. The true robust accuracy lies
-    between the first and the last. ``agreement``: with a reference, the share of samples at every point of whose
+    between the first and the last. ``robust_agreement``: with a reference, the share of samples at every point of whose
     ball the model provably gives the reference's class. ``certified``, ``agreeing``: per sample ``(B,)``.
     """
 
@@ -108,7 +117,7 @@ class Robustness:
     certified_accuracy: float
     clean_accuracy: float
     pgd_accuracy: float | None
-    agreement: float | None
+    robust_agreement: float | None
     certified: Tensor
     agreeing: Tensor | None = None
 
@@ -119,6 +128,16 @@ class Robustness:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), allow_nan=False)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Rows (what, value) in reading order, without what does not apply."""
+        shares = (
+            (f"class proved right within {self.eps:g} per pixel", self.certified_accuracy),
+            ("right under attack there, at most", self.pgd_accuracy),
+            ("right without perturbation", self.clean_accuracy),
+            ("class proved the reference's on the whole ball", self.robust_agreement),
+        )
+        return [(name, f"{100 * value:.2f} % of inputs") for name, value in shares if value is not None]
 
 
 def robustness(

@@ -53,19 +53,28 @@ def certify(
     split: Annotated[SplitName, typer.Option(help="Part of the data set.")] = SplitName.test,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", show_default=False)] = None,
     require: Annotated[bool, typer.Option("--require", help="Exit with 1 unless certified.")] = False,
+    eps_inf: Annotated[
+        float | None,
+        typer.Option(help="Also certify and attack within so much per pixel of [0, 1].", show_default=False),
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> int:
     """Prove what holds for a file, alone or against the float network it came from."""
     from ..certificates import certify as prove
-    from ..data import load_data
+    from ..data import Split, load_data
     from ..files import load
     from ..plan import check_fits
     from ..report.terminal import pairs_table, rendered, waiting
     from ..report.words import at_least
+    from ..robust import check_eps, robustness
 
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit}: give a positive integer, or leave it out for all samples")
+    if eps_inf is not None:
+        check_eps(eps_inf)
+        if data is None:
+            raise OptionError("--eps-inf is about images: name a data set with --data")
     model = load(file)
     original = None if reference is None else load(reference)
     inputs = None
@@ -75,10 +84,15 @@ def certify(
         inputs = getattr(loaded, split).x[:limit]
     with waiting("proving"):
         certificate = prove(model, original, inputs)
+        robust = None
+        if eps_inf is not None and inputs is not None:
+            part = Split(inputs, getattr(loaded, split).y[:limit])
+            robust = robustness(model, part, loaded.preprocessing, eps_inf, original)
     if as_json:
-        say_json(certificate.to_dict())
+        say_json(certificate.to_dict() | ({} if robust is None else robust.to_dict()))
     else:
-        say(rendered(pairs_table(certificate.summary())), end="")
+        rows = certificate.summary() + ([] if robust is None else robust.summary())
+        say(rendered(pairs_table(rows)), end="")
     if require and not certificate.certified:
         tell(f"not certified: no positive margin is proved, only {at_least(certificate.to_dict()['margin'])}")
         return UNMET

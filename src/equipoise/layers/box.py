@@ -20,7 +20,7 @@ from ..implicit import attach, equilibrate, report_failures
 from ..norms import WeightedMax
 from ..operators import DenseOperator
 from ..solvers import Problem, Solver, Tuning, tuned
-from .equilibrium import EquilibriumLayer, averaged_solver
+from .equilibrium import EquilibriumLayer, solver_in_rows
 from .linear import PreparedLinear, QuantizedLinear, affine
 from .memory import Memory
 
@@ -54,7 +54,7 @@ def box_equilibrium(
     wide.once("averaging_step", operator.averaging_step)
     activation, q = Mirrored(layer.activation), torch.cat((-low, high), 1)
     trains = layer.training and wide.weight.requires_grad
-    solver = averaged_solver(layer.activation)
+    solver = solver_in_rows(layer.activation)
     tuning, memory = _tuned(layer, solver, wide, activation, q, trains)
     problem = Problem(wide, q.detach(), activation)
     w, done = equilibrate(solver, tuning, problem, tol, memory.forward if memory else None)

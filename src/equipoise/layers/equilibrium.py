@@ -18,14 +18,14 @@ from ..norms import EUCLIDEAN, Norm, WeightedMax
 from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
 from ..operators.base import product_rounding
 from ..quantization.schemes import Scheme
-from ..solvers import ForwardBackward, Picard, Problem, Solution, Solver, Tuning, solve, tuned
+from ..solvers import PeacemanRachford, Picard, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
 from .arguments import check_finite, check_solver, check_tol, reached
 from .cache import Derived, keeping
 from .linear import PreparedLinear, QuantizedLinear, affine, affine64, anchor
 from .memory import Memory
 
-__all__ = ["EquilibriumLayer", "averaged_solver", "family_of"]
+__all__ = ["EquilibriumLayer", "family_of", "solver_in_rows"]
 
 NEAR = 1e-3
 """A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
@@ -345,10 +345,10 @@ def family_of(recurrent: nn.Module) -> Norm:
     return found
 
 
-def averaged_solver(activation: Activation) -> Solver:
-    """What solves in a weighted maximum norm: forward–backward, which contracts at least as fast as the averaged
-    iteration at the same step, or the latter where prox_{αf} is found by iteration."""
-    return Picard() if type(activation).prox is Activation.prox else ForwardBackward()
+def solver_in_rows(activation: Activation) -> Solver:
+    """What solves in a weighted maximum norm: Peaceman–Rachford, whose proved factor at the averaged iteration's best
+    step is the smaller one, or the averaged iteration where prox_{αf} is found by iteration."""
+    return Picard() if type(activation).prox is Activation.prox else PeacemanRachford()
 
 
 def _beyond_float32(operator: DenseOperator, tol: float) -> bool:

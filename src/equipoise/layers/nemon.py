@@ -14,7 +14,7 @@ from ..parametrizations import Contractive, Weighted
 from ..parametrizations.nemon import best_weights
 from ..solvers import Solver
 from .arguments import check_affine, check_square, check_tensors, refuse
-from .equilibrium import EquilibriumLayer, averaged_solver
+from .equilibrium import EquilibriumLayer, solver_in_rows
 
 __all__ = ["NEMON"]
 
@@ -32,8 +32,9 @@ class NEMON(EquilibriumLayer):
         learn_gamma: train γ as 1 − softplus(raw) − 1e-3.
         learn_weights: train d; otherwise it stays 0.
         activation: σ with slopes in [0, 1], or its name.
-        solver: default forward–backward at the averaged iteration's best step α*, which contracts at least as fast
-            (:class:`equipoise.Picard` is the averaged iteration itself); where prox_{αf} has no closed form, Picard.
+        solver: default Peaceman–Rachford at the averaged iteration's best step α*, with the proved factor
+            (1 − αm)/(1 + αm), m = 1 − γ; where prox_{αf} has no closed form, the averaged iteration itself, which is
+            :class:`equipoise.Picard`, with 1 − α min(m, 1).
         tol: relative tolerance of ``forward``; default 1e-5 in float32, 1e-12 in float64.
         backward_tol: the same for gradients; default that of ``forward``.
         training_tol: of ``forward`` in training mode; default ``tol``. 1e-2 gives gradients right to about as much.
@@ -64,7 +65,7 @@ class NEMON(EquilibriumLayer):
     ) -> None:
         self._check_sizes(in_features=in_features, features=features)
         weights, activation = Contractive(features, gamma, learn_gamma, learn_weights), as_activation(activation)
-        solver = averaged_solver(activation) if solver is None else solver
+        solver = solver_in_rows(activation) if solver is None else solver
         super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, training_tol, strict)
 
     @classmethod

@@ -57,6 +57,8 @@ def tuned(solver: Solver, operator: MonotoneOperator, activation: Activation, li
     pace = float((last / first).pow(1 / (len(moves) - 1)).median())
     if not (gain > 0 and 0 < pace < 1):
         return tuning
+    if isinstance(found.spread, Tensor):  # bounds by rows are of the worst row, far above what is typical
+        gain = min(gain, 1 / (1 - pace))
     keen = min(float(ratios.min()) / 2, gain)
     return tuning._replace(
         gain=gain, keen=keen if keen > 0 else None, pace=pace, lead=max(float((gain * first / size).median()), 1e-3)
