@@ -26,8 +26,11 @@ from .step import ACCURACY, Batch, coarsest, gradient_error, whole_batches
 
 __all__ = ["run", "saved_bytes", "table"]
 
-MARGIN = 1.0
-"""What the margin starts from, as in ``equipoise train``."""
+MARGIN, DECAY = 1.0, 0.3
+"""What the margin starts from, and the weight decay, as in ``equipoise train``."""
+
+STANDING = 1e-6
+"""Learning rate of the timed steps: all of them are of the network as it is, a few epochs into training."""
 
 LOOKED_AT = (20, 200)
 """Steps of the solver between which a training step's memory is compared."""
@@ -70,7 +73,7 @@ def measure(sizes: Sizes, data_dir: str | Path | None, progress: Progress) -> di
     tell("data")
     data, notes = images(data_dir)
     tell("a network to measure on")
-    network = trained_network(data, sizes.warm_up, margin=MARGIN)
+    network = trained_network(data, sizes.warm_up, margin=MARGIN, decay=DECAY)
     model = copy.deepcopy(network.model).train()
     layer = model[0]
     assert isinstance(layer, MonDEQ)
@@ -80,7 +83,7 @@ def measure(sizes: Sizes, data_dir: str | Path | None, progress: Progress) -> di
     tol, backward_tol = coarsest(model, layer, probed)
     walks: dict[str, nn.Module] = {"explicit": _explicit(data), "monDEQ": model}
     walks |= {name: prepare_qat(model, scheme) for name, scheme in SCHEMES.items()}
-    steps = {name: stepper(walk, 1e-4) for name, walk in walks.items()}
+    steps = {name: stepper(walk, STANDING) for name, walk in walks.items()}
     times: dict[str, list[float]] = {name: [] for name in walks}
     errors = []
     for turn in range(sizes.rounds + 1):

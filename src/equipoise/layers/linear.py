@@ -101,7 +101,7 @@ class PreparedLinear(nn.Module):
                 continue
             if fit:
                 rounding.fit(value)
-            values.append(rounding(value).to(value.dtype))
+            values.append(rounding(value, value.dtype))
         weight, bias = values
         assert weight is not None
         return weight, bias

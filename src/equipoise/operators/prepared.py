@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import InputError, OptionError
 from ..parametrizations import Dense, Monotone
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
 from ..quantization.straight_through import FakeQuantize, Seen
@@ -236,6 +236,8 @@ def prepare_weight(weights: Monotone | Dense, scheme: Scheme, learn_scale: bool 
     if type(scheme) not in PREPARED:
         known = ", ".join(kind.__name__ for kind in PREPARED)
         raise OptionError(f"{scheme!r} cannot be trained through; known: {known}")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.parameters()):
+        raise InputError("the weights hold NaN or infinite entries; nothing can be quantized or trained")
     make: Any = PREPARED[type(scheme)]
     prepared: PreparedWeight = make(weights, scheme, learn_scale)
     return prepared

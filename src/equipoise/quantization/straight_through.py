@@ -23,6 +23,9 @@ Part = Literal["all", "off_diagonal", "skew"]
 REFIT = 500
 """Fits after which a least-squares scale is searched for globally again; in between it is improved from where it is."""
 
+COMPETE = 4
+"""Fits after which another scale competes with the one at hand."""
+
 NEAR = 1.05
 """What a least-squares scale is multiplied or divided by, in turns, to see whether it should move."""
 
@@ -104,13 +107,16 @@ class FakeQuantize(nn.Module):
         self.log_scale.copy_(torch.where(unset, _logarithm(scale), self.log_scale))
         self._asleep = bool((scale == 0).any())
 
-    def forward(self, w: Tensor) -> Tensor:
+    def forward(self, w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """w̃ in ``dtype``: the exact product rounded once, as that of stored codes is."""
         scale = self.current_scale()
         codes = self._codes(w, scale)
-        values = codes * scale.detach().double()
+        narrow = dtype == torch.float32 == scale.dtype and codes.dtype == dtype  # one product is rounded once as well
+        values = codes * scale.detach() if narrow else (codes.double() * scale.detach().double()).to(dtype)
         if not (torch.is_grad_enabled() and (w.requires_grad or scale.requires_grad)):
             return values
-        through = w.double() if not self.learned else self._surrogate(w.double(), scale.double(), codes)
+        through = w if not self.learned else self._surrogate(w.double(), scale.double(), codes.double())
+        through = through.to(dtype)
         return values + (through - through.detach())  # adds exactly 0: the value is what will be stored
 
     @torch.no_grad()
@@ -136,18 +142,23 @@ class FakeQuantize(nn.Module):
         return QuantizedTensor.from_codes(codes.to(code_dtype(self.bits)), scale.clone(), self.bits)
 
     def _codes(self, w: Tensor, scale: Tensor) -> Tensor:
-        """The codes as float64; entries outside the part are 0."""
-        w, scale = w.detach().double(), scale.detach().double()
+        """The codes as floating point, float32 where that tells them apart; entries outside the part are 0."""
+        w = self._wide_enough(w)
+        scale = scale.detach().to(w.dtype)
         if self.bits == 1:
-            codes = torch.where(w >= 0, 1.0, -1.0).to(torch.float64)
+            codes = torch.where(w >= 0, 1.0, -1.0).to(w.dtype)
         else:
             codes = (w / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(-self.top, self.top)
-        if self.part == "skew":
+        if self.part == "skew" and self.bits == 1:  # 0 has the sign +1 on both sides; else rounding is odd
             codes = codes.triu_(1)
             return codes - codes.mT
         if self.part == "off_diagonal":
             codes.fill_diagonal_(0)
         return codes
+
+    def _wide_enough(self, w: Tensor) -> Tensor:
+        """``w`` in a dtype that tells the codes apart."""
+        return w.detach() if w.dtype == torch.float32 and self.bits <= 16 else w.detach().double()
 
     def _search(self, w: Tensor) -> Tensor:
         """The scale from all of ``w``, wherever it was before."""
@@ -160,7 +171,7 @@ class FakeQuantize(nn.Module):
 
     def _improved(self, w: Tensor) -> Tensor:
         """One round from scales at hand: for ``"max"`` and at one bit the scale is then exact."""
-        w = w.double()
+        w = self._wide_enough(w)
         if self.bits == 1:
             count = w.numel() // w.shape[0] if self.rows else w.numel()
             if self.part != "all":
@@ -169,20 +180,24 @@ class FakeQuantize(nn.Module):
             return self._sum(w.abs()) / max(count, 1)
         if self.rule == "max":
             return self._peak(w) / self.top
-        last = self.scale.double()
+        last = self.scale.to(w.dtype)
         scale, gain = self._round(w, last)
+        if self.fits % COMPETE:
+            return scale
         # With many levels a round hardly moves, and weights below all levels would stay there: so others compete.
-        for start in (last * NEAR if self.fits % 2 else last / NEAR, self._peak(w) / self.top):
-            other, better = self._round(w, start)
-            scale = torch.where(better > gain * (1 + 2**-44), other, scale)  # by more than rounding
-            gain = torch.maximum(gain, better)
-        return scale
+        peak = self._peak(w) / self.top
+        start = (last * NEAR, peak, last / NEAR, peak)[self.fits // COMPETE % 4]
+        other, better = self._round(w, start)
+        return torch.where(better > gain * (1 + 256 * torch.finfo(w.dtype).eps), other, scale)  # by more than rounding
 
     def _round(self, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """The least-squares scale ⟨w, c⟩/⟨c, c⟩ of the codes at ``start``, and by how much it lowers Σ w²."""
         codes = self._codes(w, start)
-        along, square = self._sum(codes * w), self._sum(codes * codes).clamp(min=1)
+        along, square = self._inner(codes, w), self._inner(codes, codes).clamp(min=1)
         return along / square, along * (along / square)
+
+    def _inner(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._sum(a * b) if self.rows else torch.dot(a.reshape(-1), b.reshape(-1))
 
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(tuple(range(1, values.ndim)), keepdim=True) if self.rows else values.sum()
