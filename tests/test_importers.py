@@ -40,7 +40,16 @@ def monotone_op_net(d: int = D, dtype: torch.dtype = torch.float32) -> State:
     return {key: value.detach() for key, value in net.state_dict().items()}
 
 
-STATES: dict[str, Callable[..., State]] = {"mondeq-quant": mondeq_quant, "monotone_op_net": monotone_op_net}
+def nemon(d: int = D, dtype: torch.dtype = torch.float32) -> State:
+    state = {key.replace("B.weight", "d"): value for key, value in monotone_op_net(d, dtype).items()}
+    return {**state, "mon.linear_module.d": torch.randn(N, dtype=dtype)}
+
+
+STATES: dict[str, Callable[..., State]] = {
+    "mondeq-quant": mondeq_quant,
+    "monotone_op_net": monotone_op_net,
+    "nemon": nemon,
+}
 
 
 def truth(W: Tensor, q: Tensor) -> Tensor:
@@ -105,6 +114,26 @@ def test_monotone_op_net_is_its_formula(margin: float | None, path: Path) -> Non
     x = torch.randn(3, D, dtype=torch.float64)
     expected = truth(layer.weight.detach(), x @ U.T + b) @ s["Wout.weight"].T + s["Wout.bias"]
     torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("margin", [None, 0.05, 2.0])
+def test_nemon_is_its_formula(margin: float | None, path: Path) -> None:
+    s = nemon(dtype=torch.float64)
+    torch.save(s, path)
+    model = import_model(path, "nemon", margin=margin)
+    layer = model[0]
+    assert isinstance(layer, eq.NEMON)
+    A, d, U, b = (s[f"mon.linear_module.{key}"] for key in ("A.weight", "d", "U.weight", "U.bias"))
+    gamma = 1 - (0.9 if margin is None else margin)
+    z = torch.randn(3, N, dtype=torch.float64)
+    transformed = torch.diag((-d).exp()) @ A @ torch.diag(d.exp())
+    theirs = gamma * z + z @ transformed.T - z @ torch.diag(A.abs().sum(1))
+    torch.testing.assert_close(layer.operator.apply(z), theirs)
+    assert eq.margin(layer) >= (1 - gamma) * (1 - 1e-9)
+    x = torch.randn(3, D, dtype=torch.float64)
+    found = layer.solve(x, tol=1e-10).value
+    torch.testing.assert_close(found, torch.relu(found @ layer.weight.detach().T + x @ U.T + b), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(model(x), found @ s["Wout.weight"].T + s["Wout.bias"], rtol=1e-7, atol=1e-7)
 
 
 def test_the_published_checkpoint(shared_reference: Path) -> None:
@@ -198,7 +227,7 @@ def test_the_name_of_the_file_does_not_matter(old_zip: bool, tmp_path: Path) -> 
 
 
 def test_unknown_formats_are_refused(path: Path) -> None:
-    with pytest.raises(eq.OptionError, match=r"'onnx'; known: mondeq-quant, monotone_op_net"):
+    with pytest.raises(eq.OptionError, match=r"'onnx'; known: mondeq-quant, monotone_op_net, nemon"):
         import_model(path, "onnx")
 
 
