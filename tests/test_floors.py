@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "operators.base",
         "operators.dense",
+        "operators.conv",
         "operators.quantized",
         "operators.contractive",
         "operators.prepared",
@@ -59,6 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "layers.equilibrium",
         "layers.mondeq",
         "layers.nemon",
+        "layers.nemon_conv",
         "layers.chain",
         "layers.box",
     ),

@@ -34,7 +34,7 @@ from .errors import (
 )
 from .files import load, save
 from .importers import import_model
-from .layers import NEMON, MonDEQ
+from .layers import NEMON, MonDEQ, NEMONConv2d
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
@@ -78,6 +78,7 @@ __all__ = [
     "LeakyReLU",
     "MissingExtraError",
     "MonDEQ",
+    "NEMONConv2d",
     "NotWellPosedError",
     "OptionError",
     "OutputError",

@@ -150,7 +150,7 @@ def state_box(layer: EquilibriumLayer, q: Box) -> Box:
     finite = torch.isfinite(q.low + q.high).all(1)
     low, high = (t.where(finite[:, None], 0.0) for t in (q.low, q.high))
     like = operator.weight
-    lo, hi = box_equilibrium(layer, low.to(like), high.to(like), 1e-5, family)
+    lo, hi = box_equilibrium(layer, low.to(like), high.to(like), 1e-5, family, report=False)
     u = torch.cat((-lo, hi), 1).detach().to("cpu", torch.float64)
     check = _Check(W, error, Mirrored(layer.activation), torch.cat((-low, high), 1))
     above = check.above(u) - u  # what the box lacks of mapping into itself

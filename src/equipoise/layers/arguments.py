@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,13 +24,16 @@ __all__ = [
 ]
 
 
-def reached(solution: Solution, tol: float, stop: Stop, proved: bool) -> str:
-    """How far the unfinished samples came, and what to do: the end of a warning."""
+def reached(solution: Solution, tol: float, stop: Stop, proved: bool, largest: bool = False) -> str:
+    """How far the unfinished samples came, and what to do: the end of a warning.
+
+    ``largest``: the solution's norms are ‖·‖_∞.
+    """
     if bool(solution.converged.all()):
         return ""
     if stop == "bound" and not proved:
         return ": no positive margin is proved, so no bound exists; use stop='residual'"
-    size = torch.linalg.vector_norm(solution.value, dim=1).double()
+    size = torch.linalg.vector_norm(solution.value, math.inf if largest else 2, dim=1).double()
     measure = solution.truncation / size if stop == "bound" else solution.residual
     worst = float(measure[~solution.converged].max())
     resolution = torch.finfo(solution.value.dtype).eps * 1e3

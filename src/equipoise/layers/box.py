@@ -36,12 +36,18 @@ def doubled(W: Tensor) -> Tensor:
 
 
 def box_equilibrium(
-    layer: EquilibriumLayer, low: Tensor, high: Tensor, tol: float = 1e-4, family: WeightedMax | None = None
+    layer: EquilibriumLayer,
+    low: Tensor,
+    high: Tensor,
+    tol: float = 1e-4,
+    family: WeightedMax | None = None,
+    report: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(lo, hi) ``(B, n)`` of the layer's states over injections in [``low``, ``high``] ``(B, n)``, to ``tol``.
 
     Differentiable in the box and in the weights (implicitly). Bounds to the solver's tolerance, not a proof:
-    :func:`equipoise.interval` proves. ``family``: the norm to solve in, by default the layer's own.
+    :func:`equipoise.interval` proves. ``family``: the norm to solve in, by default the layer's own; ``report``: say
+    where the tolerance was not reached.
     """
     operator = layer.operator
     family = operator.family if family is None and isinstance(operator.family, WeightedMax) else family
@@ -58,7 +64,8 @@ def box_equilibrium(
     tuning, memory = _tuned(layer, solver, wide, activation, q, trains)
     problem = Problem(wide, q.detach(), activation)
     w, done = equilibrate(solver, tuning, problem, tol, memory.forward if memory else None)
-    report_failures(done, w, layer.strict, "a box")
+    if report:
+        report_failures(done, w, layer.strict, "a box")
     if not (q.requires_grad or wide.weight.requires_grad):
         u = activation(wide.apply(w) + q)
     else:

@@ -214,9 +214,9 @@ class EquilibriumLayer(nn.Module, ABC):
                 solution = solve(solver, problem, tuning, tol, stop)
                 if narrow:
                     solution = self._finish_wide(x, solver, operator, tol, stop, solution)
-        report_failures(
-            solution.converged, solution.value, strict, "solve", reached(solution, tol, stop, operator.margin() > 0)
-        )
+        proved, by_rows = operator.margin() > 0, isinstance(operator.family, WeightedMax)
+        how_far = reached(solution, tol, stop, proved, by_rows)
+        report_failures(solution.converged, solution.value, strict, "solve", how_far)
         return solution
 
     def _finish_wide(

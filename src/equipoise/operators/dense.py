@@ -115,6 +115,12 @@ class DenseOperator(MonotoneOperator):
         rows = self.family.row_margins(*self.matrix64())
         return rows if self._row_floor is None else torch.maximum(rows, self._row_floor)
 
+    def row_norms(self) -> Tensor:
+        """Upper bounds ``(n,)`` of Σ_j |W_ij| η_j/η_i; for a :class:`WeightedMax` family."""
+        family = self.family
+        assert isinstance(family, WeightedMax)
+        return self.once("row_norms", lambda: family.row_norms(*self.matrix64()))
+
     def averaging_step(self) -> float:
         """α* = 1/(1 − min_i min(W_ii, 0)), the longest step at which (1 − α) I + α D W keeps non-negative diagonals
         for all slopes D in [0, 1]; rounded down (theory §7)."""
@@ -225,7 +231,7 @@ def averaging_step(matrix: tuple[Tensor, float]) -> float:
 class TransposedOperator(MonotoneOperator):
     """Wᵀ with the constants and inverses of W: the operator of the backward problem (theory §3)."""
 
-    def __init__(self, base: DenseOperator) -> None:
+    def __init__(self, base: Any) -> None:
         self.base = base
         self.features = base.features
         self.representation_error = base.representation_error
@@ -271,5 +277,6 @@ class TransposedOperator(MonotoneOperator):
     def forward_norm(self, alpha: float) -> float:
         return self.base.forward_norm(alpha)
 
-    def transposed(self) -> DenseOperator:
-        return self.base
+    def transposed(self) -> MonotoneOperator:
+        base: MonotoneOperator = self.base
+        return base

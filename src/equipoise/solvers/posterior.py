@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..norms import WeightedMax
-from ..operators import DenseOperator
 from ..operators.base import product_rounding
 from .loop import Problem, Solver, Stop, Tuning, Verdict, iterate
 
@@ -97,14 +96,13 @@ def _by_rows(problem: Problem, w: Tensor, family: WeightedMax) -> Posterior:
 
     ‖p − z*‖_η ≤ max_i (|W e| + |W||δ| + |r|)_i/(η_i (1 − μ_i)) + ‖δ‖_η,    ‖·‖_∞ ≤ max_j η_j ‖·‖_η.
     """
-    operator = problem.operator
-    assert isinstance(operator, DenseOperator)
+    operator: Any = problem.operator
     tiny, gamma = torch.finfo(w.dtype).tiny ** 0.5, product_rounding(2 * operator.features + 8, w)
     v = operator.apply(w).add_(problem.injection)
     p = problem.activation(v)
     e = w - p
     moved = operator.apply(e).abs().double()
-    eta, margins, spread = (t.to(w.device) for t in _rows_of(operator, family))
+    eta, margins, spread = (t.to(w.device) for t in (family.eta, operator.row_margins(), operator.row_norms()))
     weights = 1 / (eta * margins.clamp_min(0.0)) * (1 + 1e-15)
     size_w, gap_eta = ((t.double().abs() / eta).amax(1) * (1 + 1e-15) for t in (w, e))
     evaluation = problem.activation.evaluation_error(p)
@@ -123,12 +121,6 @@ def _by_rows(problem: Problem, w: Tensor, family: WeightedMax) -> Posterior:
     if not bool((margins > 0).all()):
         truncation = bound = torch.full_like(bound, math.inf)
     return Posterior(p, bound.nan_to_num(math.inf, math.inf), truncation, gap, size, length.clamp_min(1.0))
-
-
-def _rows_of(operator: DenseOperator, family: WeightedMax) -> tuple[Tensor, Tensor, Tensor]:
-    """(η, 1 − μ_i, Σ_j |W_ij| η_j/η_i), each ``(n,)``, as bounds."""
-    spread = operator.once("row_norms", lambda: family.row_norms(*operator.matrix64()))
-    return family.eta, operator.row_margins(), spread
 
 
 def solve(solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop) -> Solution:
