@@ -35,7 +35,7 @@ class PreparedAssembledRows(PreparedWeight):
         W: Tensor = self.rounding(self.weights())
         return W
 
-    def operator(self, derived: dict[Any, Any]) -> DenseOperator:
+    def _operator(self, derived: dict[Any, Any]) -> DenseOperator:
         return DenseOperator(self(), family=self.weights.family(), derived=derived)
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class PreparedStructuredRows(PreparedWeight):
         stored = stored_weights(eta.detach()).to(eta)
         return stored + (eta - eta.detach())
 
-    def operator(self, derived: dict[Any, Any]) -> DenseOperator:
+    def _operator(self, derived: dict[Any, Any]) -> DenseOperator:
         return DenseOperator(self(), family=WeightedMax(self._eta().detach()), derived=derived)
 
     @torch.no_grad()
