@@ -48,7 +48,7 @@ def test_certify_reports_all_three_accuracies(folder: Path, capsys: Capsys) -> N
     assert found["measure"] <= 0.8 + 1e-7
     status, out, _ = run(capsys, "certify", folder / "float", "--data", "digits", "--eps-inf", "0.03", "--limit", "20")
     assert status == 0
-    assert "proved right within 0.03 per pixel" in out
+    assert "under attack" in out
     assert "measure" in out
 
 
@@ -66,6 +66,42 @@ def test_what_cannot_be_certified_exits_with_2(folder: Path, capsys: Capsys) -> 
     status, _, err = run(capsys, "certify", folder / "none", "--data", "digits", "--eps-inf", "0.1")
     assert status == 2
     assert "abscissa" in err
+
+
+def test_train_makes_a_nemon(tmp_path: Path, capsys: Capsys) -> None:
+    found = {}
+    for name, options in (("plain", []), ("robust", ["--lipschitz-weight", "0.01", "--eps-inf", "0.05"])):
+        path = tmp_path / name
+        found[name] = run_json(
+            capsys, "train", "--model", "nemon", "--gamma", "0.7", "--features", "16", "--epochs", "4", "--lr", "2e-2",
+            *options, "--out", path,
+        )  # fmt: skip
+        assert found[name]["certified"]
+        assert found[name]["margin"] == pytest.approx(0.3, abs=1e-5)
+    plain, robust = (eq.load(tmp_path / name) for name in ("plain", "robust"))
+    assert isinstance(plain[0], eq.NEMON)
+    before, after = eq.input_lipschitz(plain), eq.input_lipschitz(robust)
+    assert before is not None
+    assert after is not None
+    assert after < before / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--gamma", "0.5"],
+        ["--lipschitz-weight", "1"],
+        ["--eps-inf", "0.1"],
+        ["--model", "nemon", "--gamma", "1"],
+        ["--model", "nemon", "--lipschitz-weight", "-1"],
+        ["--model", "nemon", "--eps-inf", "-0.1"],
+    ],
+)
+def test_bad_training_options_exit_with_2(options: list[str], tmp_path: Path, capsys: Capsys) -> None:
+    status, out, err = run(capsys, "train", "--epochs", "1", *options, "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_leaves_out_the_schemes_of_monotone_layers(folder: Path, capsys: Capsys) -> None:

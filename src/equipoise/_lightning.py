@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,13 +56,14 @@ class Classifier(LightningModule):
         learning_rate: float,
         weight_decay: float,
         identity: dict[str, Any],
+        robust: Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.train_batches, self.validation_split = train, validation
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.identity = identity
+        self.identity, self.robust = identity, robust
         self.history: list[Row] = []
         self._scores: list[tuple[Tensor, Tensor]] = []
         self._row: Row = {}
@@ -99,8 +100,13 @@ class Classifier(LightningModule):
         x, y = batch
         optimizer, schedule = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         scores = self.model(x)
+        if self.robust is None:
+            loss = cross_entropy(scores, y)
+        else:
+            done = (self.current_epoch + batch_idx / len(self.train_batches)) / cast(int, self.trainer.max_epochs)
+            loss = self.robust(self.model, x, y, scores, done)
         optimizer.zero_grad()
-        self.manual_backward(cross_entropy(scores, y))
+        self.manual_backward(loss)
         optimizer.step()
         schedule.step()
         self._scores.append((scores.detach(), y))

@@ -18,7 +18,7 @@ from .data import Data, load_data
 from .errors import OutputError
 from .files import save
 from .ladder import Ladder, Requirements
-from .layers import MonDEQ
+from .layers import NEMON, MonDEQ
 from .plan import build_ladder
 from .report import write_report
 from .report.terminal import waiting
@@ -42,14 +42,26 @@ class DemoResult:
     files: dict[str, Path]
 
 
-def classifier(data: Data, features: int, rank: int | None = None, margin: float = 0.2, seed: int = 0) -> nn.Sequential:
+def classifier(
+    data: Data,
+    features: int,
+    rank: int | None = None,
+    margin: float = 0.2,
+    seed: int = 0,
+    gamma: float | None = None,
+) -> nn.Sequential:
     """``Sequential(MonDEQ(data.features, features), Linear(features, data.class_count))``, margin learned.
 
+    With ``gamma`` the layer is a NEMON of that measure, and rank and margin do not apply.
     Weights are drawn from ``seed``; torch's global generator stays where it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = MonDEQ(data.features, features, rank=rank, margin=margin, learn_margin=True)
+        layer: nn.Module
+        if gamma is None:
+            layer = MonDEQ(data.features, features, rank=rank, margin=margin, learn_margin=True)
+        else:
+            layer = NEMON(data.features, features, gamma=gamma)
         model = nn.Sequential(layer, nn.Linear(features, data.class_count))
     model.preprocessing = data.preprocessing  # type: ignore[assignment]  # travels into files
     return model

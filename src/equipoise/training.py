@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from ._lightning import Classifier, Row, placed, run
 from .data import Batches, Data, Split
 from .errors import FileFormatError, InputError, OptionError, OutputError
+from .robust import RobustLoss
 
 __all__ = ["FitResult", "TrainingConfig", "evaluate", "fit"]
 
@@ -30,7 +32,8 @@ class TrainingConfig:
 
     ``learning_rate`` is the largest of the cycle; ``weight_decay`` is decoupled (AdamW). ``seed`` fixes the
     order of the samples; initial weights are the caller's. ``accelerator`` is "auto", "cpu", "cuda" or
-    "mps". Raises :class:`OptionError` for a value outside its range.
+    "mps". ``robust`` adds worst scores over boxes and a Lipschitz term to the loss.
+    Raises :class:`OptionError` for a value outside its range.
     """
 
     epochs: int
@@ -39,6 +42,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     seed: int = 0
     accelerator: str = "auto"
+    robust: RobustLoss | None = None
 
     def __post_init__(self) -> None:
         if type(self.epochs) is not int or self.epochs < 1:
@@ -49,6 +53,8 @@ class TrainingConfig:
             raise OptionError(f"weight_decay={self.weight_decay!r}: give 0 or a positive number")
         if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
             raise OptionError(f"accelerator={self.accelerator!r}: choose auto, cpu, cuda or mps")
+        if self.robust is not None and not isinstance(self.robust, RobustLoss):
+            raise OptionError(f"robust={self.robust!r}: give equipoise.RobustLoss(eps=…), or None")
         empty = Split(torch.empty(0, 1), torch.empty(0, dtype=torch.int64))
         Batches(empty, self.batch_size, seed=self.seed)  # it knows which sizes and seeds it accepts
 
@@ -102,6 +108,7 @@ def fit(
         config.learning_rate,
         config.weight_decay,
         identity={"data": data.name, **settings},
+        robust=None if config.robust is None else partial(config.robust, preprocessing=data.preprocessing),
     )
     resume = checkpoint is not None and checkpoint.exists()
     if checkpoint is not None and resume:

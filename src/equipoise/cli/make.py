@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from .common import (
     INTERRUPTED,
     UNMET,
@@ -30,6 +31,7 @@ __all__ = ["register"]
 
 class ModelName(enum.StrEnum):
     mondeq = "mondeq"
+    nemon = "nemon"
 
 
 def register(app: typer.Typer) -> None:
@@ -69,6 +71,13 @@ def train(
         int | None, typer.Option(help="Rows of A; default a quarter of the features.", show_default=False)
     ] = None,
     margin: Annotated[float, typer.Option(help="Margin to start from; it is learned.")] = 0.2,
+    gamma: Annotated[
+        float | None, typer.Option(help="Measure of a nemon, below 1; default 0.95.", show_default=False)
+    ] = None,
+    eps: Annotated[
+        float, typer.Option("--eps-inf", help="Train on boxes of so much per pixel of [0, 1]; nemon only.")
+    ] = 0.0,
+    lipschitz_weight: Annotated[float, typer.Option(help="Of the ℓ∞ Lipschitz bound in the loss; nemon only.")] = 0.0,
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
     lr: Annotated[float, typer.Option(help="Largest learning rate of the cycle.")] = 3e-3,
@@ -86,12 +95,17 @@ def train(
     from .._atomic import check_output
     from ..data import load_data
     from ..demo import classifier
+    from ..robust import RobustLoss
     from ..training import CHECKPOINT_NAME, TrainingConfig, fit
 
     check_output(out, force)
-    config = TrainingConfig(epochs, batch_size, lr, seed=seed)
+    robust = RobustLoss(eps, lipschitz_weight=lipschitz_weight) if eps or lipschitz_weight else None
+    if model is not ModelName.nemon and (robust is not None or gamma is not None):
+        raise OptionError("--gamma, --eps-inf and --lipschitz-weight are of maximum norms: add --model nemon")
+    config = TrainingConfig(epochs, batch_size, lr, seed=seed, robust=robust)
     loaded = load_data(data, data_dir)
-    network = classifier(loaded, features, max(features // 4, 1) if rank is None else rank, margin, seed)
+    measure = (0.95 if gamma is None else gamma) if model is ModelName.nemon else None
+    network = classifier(loaded, features, max(features // 4, 1) if rank is None else rank, margin, seed, measure)
     folder = log_dir or out.with_suffix(".run")
     if force and not resume:
         (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
