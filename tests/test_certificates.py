@@ -133,9 +133,9 @@ def test_codes_that_are_exactly_singular_are_not_certified() -> None:
         layer = layer_of(torch.zeros(n, n, dtype=F64))
         codes = torch.eye(n, dtype=torch.int64) - A.T @ A + B - B.T
         layer.recurrent = AssembledWeight(QuantizedTensor.from_codes(codes, torch.tensor(1.0), 8))
-        c = check_constants(layer)
-        assert c.margin is not None
-        assert -1e-12 * n < c.margin <= 0
+        assert -1e-12 * n < eq.margin(layer) <= 0
+        if eq.certify(layer).family == "l2":  # else its row sums prove what the Euclidean margin cannot
+            check_constants(layer)
 
 
 def test_codes_times_float64_scales_are_rounded() -> None:

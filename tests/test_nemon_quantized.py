@@ -220,6 +220,21 @@ def test_certified_rates_are_those_of_the_solver(solver: eq.Solver) -> None:
     assert eq.certify(beyond).rate is None
 
 
+def test_a_monotone_layer_may_be_certified_by_its_row_sums() -> None:
+    W = torch.tensor([[0.0, 2.6], [0.1, 0.0]], dtype=torch.float64)  # margin 1 − 1.35; measure √0.26
+    made = eq.MonDEQ.from_weights(W, torch.eye(2).double(), torch.zeros(2).double(), check=False)
+    assert eq.margin(made) < 0
+    x = torch.randn(6, 2, dtype=torch.float64)
+    c = eq.certify(made, reference=made, inputs=x)
+    assert (c.certified, c.verdict, c.family) == (True, "certified", "linf")
+    assert c.measure == pytest.approx(math.sqrt(0.26), abs=1e-6)
+    assert c.displacement is not None
+    assert float(c.displacement.max()) < 1e-6
+    assert c.rate is None or c.rate < 1
+    lost = eq.MonDEQ.from_weights(W * 4, torch.eye(2).double(), torch.zeros(2).double(), check=False)
+    assert not eq.certify(lost).certified
+
+
 def test_a_chain_of_both_families_is_certified() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(eq.NEMON(4, 6, gamma=0.5), nn.ReLU(), eq.MonDEQ(6, 5, margin=0.5), nn.Linear(5, 3))

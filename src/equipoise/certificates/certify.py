@@ -13,7 +13,7 @@ from .. import verified
 from ..errors import InputError, OptionError, StructureError
 from ..layers.arguments import check_finite
 from ..layers.chain import chain, equilibrium_layers, final_head
-from ..layers.equilibrium import EquilibriumLayer
+from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from ..operators import DenseOperator
@@ -21,7 +21,7 @@ from ..quantization.schemes import scheme_to_dict
 from . import displacement as moved
 from .convergence import closed_rates, inexact_factor, solver_rate, steps_for
 from .types import Certificate, Verdict, finite_or_none, weakest
-from .wellposed import fresh_operator, observe, perturbation
+from .wellposed import observe, perturbation, proved_operator
 
 __all__ = ["Certifier", "certify"]
 
@@ -90,8 +90,8 @@ def _certify(
     fed_alike = {} if pairs is None else _fed_alike(model, pairs)
     proofs = {
         name: Proofs(
-            fresh_operator(layer),
-            None if reference is None else fresh_operator(_counterpart(reference, name)),
+            proved_operator(layer),
+            None if reference is None else proved_operator(_counterpart(reference, name)),
         )
         for name, layer in layers
     }
@@ -115,7 +115,7 @@ def _layer_certificate(
     operator = proofs.quantized
     margin, lipschitz = operator.margin(), operator.lipschitz()
     certified = margin > 0
-    alpha, rate = solver_rate(layer.solver, operator)
+    alpha, rate = solver_rate(layer.solver, operator, family_of(layer.recurrent))
     scheme = layer.scheme
     found = Certificate(
         certified=certified,

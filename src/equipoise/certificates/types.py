@@ -99,7 +99,7 @@ class Certificate:
                 f"steps to shrink the error by {self.tolerance:g}, at most",
                 MISSING if self.steps is None else str(self.steps),
             ),
-            ("‖ΔW‖₂, at most", at_most(self.delta_norm, 6)),
+            (f"‖ΔW‖{'₂' if self.family == 'l2' else '_η'}, at most", at_most(self.delta_norm, 6)),
             ("relative displacement, at most", at_most(self.relative_bound)),
         ]
         if self.displacement is not None and len(self.displacement):

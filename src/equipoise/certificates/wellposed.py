@@ -16,12 +16,21 @@ from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
 from ..layers.chain import chain, equilibrium_layers
 from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
-from ..norms import Euclidean
+from ..norms import Euclidean, WeightedMax, perron
 from ..operators import DenseOperator, QuantizedWeight
 from ..operators.quantized import AssembledWeight
 from ..solvers import ForwardBackward
 
-__all__ = ["Perturbation", "euclidean_lipschitz", "fresh_operator", "lipschitz", "margin", "observe", "perturbation"]
+__all__ = [
+    "Perturbation",
+    "euclidean_lipschitz",
+    "fresh_operator",
+    "lipschitz",
+    "margin",
+    "observe",
+    "perturbation",
+    "proved_operator",
+]
 
 
 def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
@@ -30,6 +39,20 @@ def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
         if isinstance(layer.recurrent, QuantizedWeight):
             return layer.recurrent.operator(layer.bias.detach())
         return DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
+
+
+def proved_operator(layer: EquilibriumLayer) -> DenseOperator:
+    """:func:`fresh_operator` in the family that proves the layer well posed: its own, or, where that proves no positive
+    margin, the weighted maximum norm of the Perron vector if that does (theory §7)."""
+    operator = fresh_operator(layer)
+    matrix, error = operator.matrix64()
+    if operator.margin() > 0 or not isinstance(operator.family, Euclidean) or error == math.inf:
+        return operator
+    eta, abscissa = perron(matrix, max(error, 2.0**-24 * verified.absolute_norm(matrix)))
+    if not abscissa < 1:
+        return operator
+    other = DenseOperator(operator.weight, exact=(matrix, error), family=WeightedMax(eta))
+    return other if other.margin() > 0 else operator
 
 
 def margin(model: nn.Module) -> float:

@@ -141,7 +141,12 @@ def keep(
     if as_json:
         say_json(found)
         return
-    bounds = {"margin": "margin, at least", "lipschitz": "Lipschitz constant, at most", "delta_norm": "‖ΔW‖₂, at most"}
+    norm = "₂" if proof["family"] == "l2" else "_η"
+    bounds = {
+        "margin": "margin, at least",
+        "lipschitz": "Lipschitz constant, at most",
+        "delta_norm": f"‖ΔW‖{norm}, at most",
+    }
     rows = [(bounds.get(k, k.replace("_", " ")), _shown(k, v)) for k, v in found.items() if v is not None]
     say(rendered(pairs_table(rows)), end="")
 

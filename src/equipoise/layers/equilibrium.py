@@ -283,19 +283,26 @@ class EquilibriumLayer(nn.Module, ABC):
         return q
 
     def _injection_error(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A bound ``(B,)`` on ‖fl(U x + b) − (U x + b)‖₂ in the layer's arithmetic, storage error included."""
+        """A bound on fl(U x + b) − (U x + b) in the layer's arithmetic, storage error included: ``(B,)`` in the 2-norm,
+        or ``(B, n)`` entry by entry where the layer contracts by rows."""
         kept = self._derived_injection.of(self.injection)
         if "norms" not in kept:
             assert isinstance(self.injection, (nn.Linear, QuantizedLinear, PreparedLinear))
             U, b, e_U, e_b = affine64(self.injection)
             kept["norms"] = verified.absolute_norm(U), float(b.abs().norm()) * (1 + 1e-12), e_U, e_b
+            kept["sizes"] = U.abs().mT.contiguous(), b.abs()
         spread, offset, e_U, e_b = kept["norms"]
         dtype = dtype or anchor(self.injection).dtype
         info = torch.finfo(dtype)
         gamma = product_rounding(2 * self.in_features + 8, x.new_empty(0, dtype=dtype))
         size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)
         cast = info.eps if x.dtype.itemsize > dtype.itemsize else 0.0  # x itself was rounded
-        return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
+        stored = e_U * size + e_b + 4 * info.tiny**0.5
+        if not isinstance(family_of(self.recurrent), WeightedMax):
+            return (gamma * (spread * size + offset) + stored) + cast * spread * size
+        sizes, offsets = (t.to(x.device) for t in kept["sizes"])
+        products = x.detach().double().abs() @ sizes * (1 + 1e-9)
+        return ((gamma + cast) * products + gamma * offsets + stored[:, None]) * (1 + 1e-9)
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..norms import WeightedMax
+from ..norms import Euclidean, WeightedMax
 from ..operators.base import product_rounding
 from .loop import Problem, Solver, Stop, Tuning, Verdict, iterate
 
@@ -66,6 +66,7 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
     operator = problem.operator
     if isinstance(operator.family, WeightedMax):
         return _by_rows(problem, w, operator.family)
+    euclidean = isinstance(operator.family, Euclidean)  # of a dual norm nothing is proved here
     info = torch.finfo(w.dtype)
     n = operator.features
     gamma = product_rounding(2 * n + 8, w)
@@ -83,7 +84,7 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
     rounding = rounding + operator.representation_error * (size_w + gap)
     if problem.injection_error is not None:
         rounding = rounding + problem.injection_error
-    if margin <= 0:
+    if margin <= 0 or not euclidean:
         infinite = torch.full_like(product, math.inf)
         return Posterior(p, infinite, infinite, norms[1], norms[3])
     truncation = norms[0] / margin
