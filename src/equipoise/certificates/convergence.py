@@ -92,9 +92,15 @@ def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator) -> float
     """A proved factor below 1 in ‖·‖_η for 0 < α <= α* (theory §7 [JDPB21]), or None.
 
     The averaged iteration 1 − α min(m, 1), forward–backward ‖(1 − α) I + αW‖_η = 1 − αm, Peaceman–Rachford
-    (1 − αm)/(1 + αm), with m = 1 − μ_η(W).
+    (1 − αm)/(1 + αm), with m = 1 − μ_η(W). Of Peaceman–Rachford at a longer step ‖C_α‖₂, in the 2-norm.
     """
     margin = operator.margin()
+    if isinstance(solver, (PeacemanRachford, DouglasRachford)) and alpha > operator.averaging_step():
+        matrix, error = operator.matrix64()
+        norm = verified.cayley_norm(matrix, alpha, error) if error < math.inf else None
+        if norm is not None and isinstance(solver, DouglasRachford):
+            norm = verified.up((1 + norm) / 2)
+        return norm if norm is not None and norm < 1 else None
     if not (margin > 0 and alpha <= operator.averaging_step()):
         return None
     reach = alpha * margin

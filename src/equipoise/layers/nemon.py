@@ -32,9 +32,9 @@ class NEMON(EquilibriumLayer):
         learn_gamma: train γ as 1 − softplus(raw) − 1e-3.
         learn_weights: train d; otherwise it stays 0.
         activation: σ with slopes in [0, 1], or its name.
-        solver: default Peaceman–Rachford at the averaged iteration's best step α*, with the proved factor
-            (1 − αm)/(1 + αm), m = 1 − γ; where prox_{αf} has no closed form, the averaged iteration itself, which is
-            :class:`equipoise.Picard`, with 1 − α min(m, 1).
+        solver: default Peaceman–Rachford, at the averaged iteration's best step α* with the proved factor
+            (1 − αm)/(1 + αm), m = 1 − γ, or at a longer one with a smaller factor ‖C_α‖₂; where prox_{αf} has no
+            closed form, the averaged iteration itself, which is :class:`equipoise.Picard`, with 1 − α min(m, 1).
         tol: relative tolerance of ``forward``; default 1e-5 in float32, 1e-12 in float64.
         backward_tol: the same for gradients; default that of ``forward``.
         training_tol: of ``forward`` in training mode; default ``tol``. 1e-2 gives gradients right to about as much.
