@@ -23,6 +23,7 @@ from .errors import (
 from .files import load, save
 from .importers import import_model
 from .layers import MonDEQ
+from .penalties import MarginPenalty
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
@@ -61,6 +62,7 @@ __all__ = [
     "InputError",
     "IterateFloor",
     "LeakyReLU",
+    "MarginPenalty",
     "MissingExtraError",
     "MonDEQ",
     "NotWellPosedError",
