@@ -47,6 +47,7 @@ def test_one_process_gets_everything() -> None:
 
 def test_machines_that_would_wait_for_ever_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = load_data("digits")
+    monkeypatch.setattr(sys, "argv", [__file__])  # a script that could be run again
     for name in (*_machines.NAMES, "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(OptionError, match=r"nodes=2.*MASTER_ADDR, MASTER_PORT, NODE_RANK not set"):
