@@ -35,6 +35,7 @@ from .errors import (
 from .files import load, save
 from .importers import import_model
 from .layers import NEMON, MonDEQ, NEMONConv2d
+from .penalties import MarginPenalty
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
@@ -76,6 +77,7 @@ __all__ = [
     "InputError",
     "IterateFloor",
     "LeakyReLU",
+    "MarginPenalty",
     "MissingExtraError",
     "MonDEQ",
     "NEMONConv2d",

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError
+from .errors import OptionError, StructureError
 from .layers.chain import chain, equilibrium_layers, final_head
+from .layers.equilibrium import EquilibriumLayer
 from .layers.linear import QuantizedLinear, affine64
 from .layers.mondeq import MonDEQ
 from .operators.quantized import StructuredWeight
@@ -267,6 +268,8 @@ def _stops(model: nn.Module, x: Tensor) -> list[_Stop]:
             growth = 1.0 if growth is None else growth
             found.append(_Stop(name, module, given, out, growth / margin, _wide(A), _wide(K)))
             growth *= _norm(_affine(module.injection)[0]) / margin
+        elif isinstance(module, EquilibriumLayer):
+            raise StructureError(f"layer {name!r}: mixed precision chooses bits of monotone layers, not of a NEMON")
         elif isinstance(module, nn.Linear) and name == head:
             found.append(_Stop(name, module, given, out, 1 / max(_norm(module.weight), TINY)))
         elif isinstance(module, nn.Linear) and growth is not None:
