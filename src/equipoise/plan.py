@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .certificates import Certificate, Certifier, certify
 from .data import Data, Split
-from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError, StructureError
+from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError
 from .ladder import Evidence, Findings, Goal, Ladder, Requirements, Rung, Subject, choose
 from .layers.chain import chain
 from .mixed import Menu, Parts, Trial, assign, check_budget, measure, parts_of, scheme_of
+from .operators.contractive import UnfitSchemeError
 from .quantization.schemes import SCHEMES, Scheme, Structured, scheme_from_dict
 from .quantize import quantize, size
 
@@ -100,7 +101,7 @@ class _Builder:
         """Add the rung of ``scheme``, or a note where it cannot be made."""
         try:
             small = quantize(self.model, scheme)
-        except (NotWellPosedError, StructureError) as error:  # a scheme may not be made for this kind of layer
+        except (NotWellPosedError, UnfitSchemeError) as error:  # a scheme may not be made for this kind of layer
             self.notes.append(f"{_label(scheme)}: not made; {error}")
             return
         rung, proof = _climb(small, scheme, self.judges, self.splits, self.classifies)
@@ -120,7 +121,7 @@ class _Builder:
             raise OptionError("mixed precision is that of the structured scheme: name it among the schemes")
         try:
             menu = measure(self.model, self.splits[0].x, widths, input_bits)
-        except (NotWellPosedError, StructureError) as error:  # a scheme may not be made for this kind of layer
+        except (NotWellPosedError, UnfitSchemeError) as error:  # a scheme may not be made for this kind of layer
             self.notes.append(f"structured, mixed: not made; {error}")
             return None
         if self.requirements.max_bytes is not None:

@@ -26,10 +26,15 @@ __all__ = [
     "AssembledRows",
     "RowWeight",
     "StructuredRows",
+    "UnfitSchemeError",
     "lowered",
     "quantize_weight",
     "stored_weights",
 ]
+
+
+class UnfitSchemeError(StructureError):
+    """A scheme that is made for another kind of weights."""
 
 
 class RowWeight(QuantizedWeight):
@@ -184,7 +189,7 @@ def check_row_scheme(scheme: Scheme) -> None:
             raise OptionError("skew_bits are of a monDEQ's skew part; a NEMON layer has none: leave them out")
         return
     known = ", ".join(kind.__name__ for kind in ROW_WEIGHTS)
-    raise StructureError(
+    raise UnfitSchemeError(
         f"{type(scheme).__name__} is a scheme for monotone layers; a NEMON layer is quantized by one of {known}"
     )
 
