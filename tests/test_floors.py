@@ -58,6 +58,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ladder",
         "plan",
         "report",
+        "export",
+        "runtime",
         "bench",
         "demo",
     ),
@@ -67,7 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ROOMS: list[str] = [room for floor in FLOORS for room in floor]
 # Rooms that are packages with an inner order of their own; their modules may import each other.
-SUITES = {"_codecs", "report", "bench", "cli"}
+SUITES = {"_codecs", "report", "export", "bench", "cli"}
 
 CORE = {"torch", "numpy", "safetensors", "rich"}
 # Heavy or optional libraries, and the only rooms that may import them.

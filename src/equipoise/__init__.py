@@ -5,6 +5,7 @@ One public path per name; whatever is not listed here is private.
 
 from importlib.metadata import version as _version
 
+from . import runtime
 from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
 from .certificates import Certificate, certify, input_lipschitz, lipschitz, margin
 from .errors import (
@@ -20,6 +21,7 @@ from .errors import (
     OutputError,
     StructureError,
 )
+from .export import export
 from .files import load, save
 from .importers import import_model
 from .layers import MonDEQ
@@ -77,12 +79,14 @@ __all__ = [
     "Tanh",
     "Tseng",
     "certify",
+    "export",
     "import_model",
     "input_lipschitz",
     "lipschitz",
     "load",
     "margin",
     "quantize",
+    "runtime",
     "save",
     "size",
 ]

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import EquipoiseError
-from . import judge, make
+from . import judge, make, ship
 from .common import BAD, INTERRUPTED, app, say, show_warning, tell
 
 __all__ = ["main"]
 
 make.register(app)
 judge.register(app)
+ship.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

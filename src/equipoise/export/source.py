@@ -1,0 +1,173 @@
+"""The C source of an integer program: templates of ``c/`` filled with tables and constants (theory §10)."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.resources import files
+from itertools import pairwise
+from string import Template
+
+from .affine import Affine
+from .build import Shipped
+from .fixedpoint import INT32
+from .grid import Grid
+from .packing import array, code_type, packed_rows, piece_bytes
+from .program import CayleyProgram, Program
+
+__all__ = ["header", "source", "template"]
+
+UNCERTIFIED = "UNCERTIFIED: nothing is proved about the answers of this network."
+
+
+def template(name: str, /, **values: object) -> str:
+    """A file of ``c/`` with every ``$name`` filled in."""
+    text = (files(__package__) / "c" / f"{name}.in").read_text(encoding="utf-8")
+    return Template(text).substitute({key: str(value) for key, value in values.items()})
+
+
+def header(shipped: Shipped) -> str:
+    """``eqnet.h``: types, sizes, functions, and in words what is proved."""
+    program, certificate = shipped.program, shipped.certificate
+    lines = [] if certificate.certified else [UNCERTIFIED, ""]
+    lines += [f"{name}: {value}" for name, value in certificate.summary()]
+    lines += [
+        "",
+        "The errors are 2-norms in real units; they hold for every input of the declared range for which the",
+        "function returns EQNET_OK." if certificate.certified else "Errors are unknown.",
+        f"Overflow: {certificate.overflow}.",
+    ]
+    has_head = program.head is not None
+    return template(
+        "header.h",
+        version=version("equipoise"),
+        proof="\n".join(f" * {line}".rstrip() for line in lines),
+        low=program.low,
+        high=program.high,
+        meaning=_meaning(shipped.grid),
+        score_words=" * Scores   scores[k] stands for scores[k] * EQNET_SCORE_UNIT; the largest one is the class."
+        if has_head
+        else " *",
+        inputs=program.inputs,
+        features=program.features,
+        classes=0 if program.head is None else program.head.codes.shape[0],
+        steps=program.steps,
+        certified=int(certificate.certified),
+        unit=repr(shipped.unit),
+        score_unit=f"#define EQNET_SCORE_UNIT {shipped.score_unit!r}" if has_head else "",
+        iterate_words="an iterate left its range; results are zero" if program.checked else "never returned here",
+        input_type=shipped.grid.ctype,
+        state_type=program.state_type,
+        score_function="""
+/* The class scores of the inputs x; the same status. */
+int eqnet_scores(const eqnet_input x[EQNET_INPUTS], int32_t scores[EQNET_CLASSES]);
+"""
+        if has_head
+        else "",
+    )
+
+
+def source(shipped: Shipped) -> str:
+    """``eqnet.c``."""
+    program = shipped.program
+    certified = "" if shipped.certificate.certified else f"\n *\n * {UNCERTIFIED}"
+    parts = [template("prelude.c", version=version("equipoise"), certified=certified)]
+    parts += _affine(
+        program.injection, "inject", "eqnet_input", "The injection p of the inputs x, preprocessing folded in."
+    )
+    if isinstance(program, CayleyProgram):
+        parts += _cayley(program)
+    if program.head is not None:
+        parts += _affine(program.head, "head", "eqnet_state", "Scores of the equilibrium.")
+    parts.append(template("public.c", range_check=_range_check(program, shipped.grid.ctype)))
+    if program.head is not None:
+        parts.append(template("scores.c"))
+    return "\n".join(parts)
+
+
+def _meaning(grid: Grid) -> str:
+    lines = []
+    for g, (step, offset) in enumerate(zip(grid.steps, grid.offsets, strict=True)):
+        width = grid.features // grid.channels
+        which = f" (j from {g * width} to {(g + 1) * width - 1})" if grid.channels > 1 else ""
+        lines.append(f" *          x[j] * {float(step)!r} + {float(offset)!r}{which}")
+    return "\n".join(lines)
+
+
+def dot(name: str, bits: int, ctype: str) -> str:
+    """A function that sums codes times numbers of type ``ctype``."""
+    if bits in (1, 2, 4):
+        return template(f"dot_{bits}.c", name=name, type=ctype)
+    if bits < 8:
+        half = 1 << (bits - 1)
+        return template("dot_packed.c", name=name, type=ctype, bits=bits, mask=2 * half - 1, half=half)
+    return template("dot_plain.c", name=name, type=ctype, code=code_type(bits))
+
+
+def _affine(affine: Affine, name: str, ctype: str, words: str) -> list[str]:
+    """Tables, dot product and function of an integer affine map."""
+    n = affine.codes.shape[0]
+    pieces = list(pairwise(affine.bounds))
+    at, terms = 0, []
+    for g, (start, stop) in enumerate(pieces):
+        which = f"i * {len(pieces)} + {g}" if len(pieces) > 1 else "i"
+        piece = f"eqnet_dot_{name}({_plus('row', at)}, {_plus('x', start)}, {stop - start})"
+        terms.append(f"        t += (int64_t)eqnet_{name}_multipliers[{which}] * {piece};")
+        at += piece_bytes(stop - start, affine.bits)
+    return [
+        array(code_type(affine.bits), f"eqnet_{name}_codes", packed_rows(affine.codes, affine.bits, affine.bounds)),
+        array("int32_t", f"eqnet_{name}_multipliers", affine.multipliers.flatten().tolist()),
+        array("int64_t", f"eqnet_{name}_offsets", affine.offsets.tolist()),
+        dot(f"eqnet_dot_{name}", affine.bits, ctype),
+        template(
+            "affine.c", words=words, name=name, type=ctype, rows=n, code=code_type(affine.bits), stride=at,
+            terms="\n".join(terms), shift=affine.shift,
+        ),
+    ]  # fmt: skip
+
+
+def _plus(pointer: str, offset: int) -> str:
+    return f"{pointer} + {offset}" if offset else pointer
+
+
+def _cayley(program: CayleyProgram) -> list[str]:
+    n, bits = program.features, program.C.bits
+    stride = piece_bytes(n, bits)
+    lines = ("if (size > EQNET_LIMIT) {", "    status = EQNET_ITERATE_RANGE;", "    size = EQNET_LIMIT;", "}")
+    check, step_check = ("".join(f"{' ' * k}{line}\n" for line in lines) if program.checked else "" for k in (8, 12))
+    assert int(program.multipliers.max(initial=0)) <= INT32
+    return [
+        f"#define EQNET_LIMIT {program.limit}u  /* the largest iterate */\n",
+        array(code_type(bits), "eqnet_C", packed_rows(program.C.codes, bits, (0, n))),
+        array("int32_t", "eqnet_scales", program.multipliers.tolist()),
+        array("int32_t", "eqnet_start", program.start_cross.tolist()),
+        dot("eqnet_dot_start", bits, "int32_t"),
+        dot("eqnet_dot_step", bits, "eqnet_state"),
+        template(
+            "cayley.c",
+            steps=program.steps,
+            stride=stride,
+            start_own=program.start_own,
+            start_shift=program.start_shift,
+            lift=f"INT64_C({1 << (program.shift - program.fraction)})",
+            half=f"UINT64_C({1 << (program.shift - 1)})",
+            shift=program.shift,
+            check=check,
+            step_check=step_check,
+        ),
+    ]
+
+
+def _range_check(program: Program, ctype: str) -> str:
+    """Comparisons that can fail; others would be reported by compilers as always false."""
+    low, high = {"uint8_t": (0, 255), "int16_t": (-(2**15), 2**15 - 1)}[ctype]
+    tests = ([f"x[i] < {program.low}"] if program.low > low else []) + (
+        [f"x[i] > {program.high}"] if program.high < high else []
+    )
+    if not tests:
+        return ""
+    return f"""    for (i = 0; i < EQNET_INPUTS; ++i) {{
+        if ({" || ".join(tests)}) {{
+            status = EQNET_INPUT_RANGE;
+        }}
+    }}
+"""

@@ -1,0 +1,189 @@
+"""The C itself: strict compilers, sanitizers, bit for bit against the emulation; and the Python binding."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise import runtime
+from equipoise.data import Preprocessing
+from equipoise.errors import ConvergenceWarning
+from equipoise.export import Shipped, export
+from shipping import (
+    CLASSES,
+    FEATURES,
+    INPUTS,
+    build_and_run,
+    compilers,
+    exact,
+    need_compiler,
+    network,
+    pixels,
+    quantized,
+)
+
+KINDS: dict[str, tuple[eq.Scheme, dict[str, Any]]] = {
+    "cayley-8-8": (eq.Cayley(bits=8, input_bits=8, head_bits=8), {"activation_bits": 8}),
+    "cayley-8-16": (eq.Cayley(bits=8, input_bits=8, head_bits=8, bias_bits=8), {}),
+    "cayley-4-8": (eq.Cayley(bits=4, input_bits=4, head_bits=4), {"activation_bits": 8}),
+    "cayley-5-16-float-u": (eq.Cayley(bits=5), {}),
+    "cayley-7-3-1": (eq.Cayley(bits=7, input_bits=3, head_bits=1), {}),
+    "cayley-6-1-2": (eq.Cayley(bits=6, input_bits=1, head_bits=2), {}),
+    "cayley-8-2-12": (eq.Cayley(bits=8, input_bits=2, head_bits=6), {"input_range": (-200, 300)}),
+}
+
+
+def written(folder: Path, kind: str, **more: Any) -> tuple[Any, Shipped]:
+    scheme, options = KINDS[kind]
+    model = quantized(network(), scheme)
+    return model, export(model, folder, **{**options, **more})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_self_test_passes_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    need_compiler()
+    written(tmp_path / "net", kind)
+    for cc in compilers():
+        for level in ("-O0", "-O3"):
+            assert "bit for bit" in build_and_run(tmp_path / "net", cc, level)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["-O1", "-O2", "-Os", "-O3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_level_and_the_native_instructions_give_the_same_bits(kind: str, level: str, tmp_path: Path) -> None:
+    need_compiler()
+    written(tmp_path / "net", kind)
+    for cc in compilers():
+        build_and_run(tmp_path / "net", cc, level, "-march=native")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_undefined_happens(kind: str, tmp_path: Path) -> None:
+    cc = need_compiler()
+    written(tmp_path / "net", kind)
+    try:
+        build_and_run(tmp_path / "net", cc, "-O1", "-g", "-fsanitize=undefined,address", "-fno-sanitize-recover=all")
+    except AssertionError as error:
+        if "sanitize" in str(error) or "asan" in str(error):
+            pytest.skip(f"{cc} has no sanitizers here")
+        raise
+
+
+@pytest.mark.parametrize("kind", ["cayley-8-8", "cayley-6-1-2"])
+def test_cppcheck_finds_nothing(kind: str, tmp_path: Path) -> None:
+    if not shutil.which("cppcheck"):
+        pytest.skip("cppcheck is not installed")
+    written(tmp_path / "net", kind)
+    command = ["cppcheck", "--std=c99", "--enable=warning,performance,portability", "--error-exitcode=1", "--quiet"]
+    run = subprocess.run([*command, str(tmp_path / "net" / "eqnet.c")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_source_keeps_its_promises(tmp_path: Path) -> None:
+    for kind in KINDS:
+        written(tmp_path / kind, kind)
+        text = (tmp_path / kind / "eqnet.c").read_text()
+        code = "\n".join(line.split("/*")[0] for line in text.splitlines() if not line.lstrip().startswith(("*", "/*")))
+        for word in ("float", "double", "malloc", " / ", " % ", "#include <s", "memcpy"):
+            assert word not in code, word
+        assert text.count("#include") == 1
+        assert "#include <stdint.h>" in (tmp_path / kind / "eqnet.h").read_text()
+
+
+def test_a_changed_table_fails_the_self_test(tmp_path: Path) -> None:
+    cc = need_compiler()
+    written(tmp_path / "net", "cayley-8-8")
+    path = tmp_path / "net" / "eqnet.c"
+    text = path.read_text()
+    start = text.index("eqnet_C[")
+    first = text.index("{\n", start) + 2
+    end = text.index(",", first)
+    path.write_text(text[:first] + str((int(text[first:end]) + 64) % 128) + text[end:])
+    with pytest.raises(AssertionError, match="differences"):
+        build_and_run(tmp_path / "net", cc, "-O1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_binding_answers_what_the_emulation_answers(kind: str, tmp_path: Path) -> None:
+    need_compiler()
+    model, shipped = written(tmp_path / "net", kind)
+    f = runtime.load(tmp_path / "net")
+    raw = pixels(40, shipped.grid.low, shipped.grid.high)
+    z, scores, status = f.integers(shipped.grid.to_real(raw))
+    expected = shipped.program(raw)
+    assert (z == expected[0]).all()
+    assert (scores == expected[1]).all()
+    assert (status == expected[2]).all()
+    x = shipped.grid.to_real(raw).astype(np.float32)
+    truth, true_scores, doubt = exact(model, x)
+    assert f(x).shape == (len(raw), CLASSES)
+    assert (np.linalg.norm(f.equilibrium(x) - truth, axis=1) - doubt <= f.certificate["error_bound"]).all()
+    assert (np.abs(f(x) - true_scores).max(axis=1) <= f.certificate["score_error_bound"] + 10 * doubt).all()
+    assert (f(raw.astype(np.int16)) == f(x)).all()  # raw inputs, as integers
+    assert f(x[:0]).shape == (0, CLASSES)
+
+
+def test_the_binding_refuses_what_the_program_cannot_take(tmp_path: Path) -> None:
+    need_compiler()
+    _, shipped = written(tmp_path / "net", "cayley-8-16", input_range=(10, 200))
+    f = runtime.load(tmp_path / "net")
+    x = shipped.grid.to_real(np.full((2, INPUTS), 50))
+    with pytest.raises(eq.InputError, match="outside the declared range"):
+        f(x + 100)
+    with pytest.raises(eq.InputError, match="outside the declared range"):
+        f(np.full((2, INPUTS), 201))
+    with pytest.raises(eq.InputError, match="shape"):
+        f(x[0])
+
+
+def test_an_iterate_out_of_its_range_is_told(tmp_path: Path) -> None:
+    need_compiler()
+    calm = np.full((4, INPUTS), 80)
+    grid_x = written(tmp_path / "first", "cayley-8-8")[1].grid.to_real(calm)
+    written(tmp_path / "net", "cayley-8-8", calibration=torch.from_numpy(grid_x))
+    assert "bit for bit" in build_and_run(tmp_path / "net", need_compiler(), "-O1")
+    f = runtime.load(tmp_path / "net")
+    wild = np.concatenate([calm, np.full((1, INPUTS), 255), np.zeros((1, INPUTS), dtype=np.int64)])
+    with pytest.warns(ConvergenceWarning, match="out of its range"):
+        scores = f(wild)
+    assert np.isfinite(scores[:4]).all()
+    assert np.isnan(scores[4:]).all(axis=1).any()
+
+
+def test_a_layer_alone_and_pixels_of_few_levels(tmp_path: Path) -> None:
+    cc = need_compiler()
+    few: Any = Preprocessing(mean=0.0, std=1.0, scale=16.0, input_shape=(4, 5))
+    model = quantized(network(head=False, preprocessing=few), eq.Cayley(bits=8, input_bits=8))
+    export(model, tmp_path / "net")
+    assert "bit for bit" in build_and_run(tmp_path / "net", cc, "-O2")
+    f = runtime.load(tmp_path / "net")
+    x = np.random.default_rng(0).integers(0, 17, (5, INPUTS)) / 16
+    assert (f(x) == f.equilibrium(x)).all()
+    assert f(x).shape == (5, FEATURES)
+    # beyond the range the C itself answers with an error code and zeros
+    raw = np.full((1, INPUTS), 17, dtype=np.uint8)
+    z, status = np.ones((1, FEATURES), dtype=np.int16), np.zeros(1, dtype=np.int32)
+    assert f._library.eqnet_batch(raw.ctypes.data, 1, z.ctypes.data, None, status.ctypes.data) == 1
+    assert status[0] == 1
+    assert not z.any()
+
+
+def test_no_compiler_and_no_program_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(eq.DataNotFoundError, match=r"eqnet|certificate"):
+        runtime.load(tmp_path)
+    written(tmp_path / "net", "cayley-8-8")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(eq.MissingExtraError, match="C compiler"):
+        runtime.load(tmp_path / "net")
+    (tmp_path / "net" / "certificate.json").write_text("{}")
+    with pytest.raises(eq.FileFormatError, match="not written by an export"):
+        runtime.load(tmp_path / "net")
