@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from equipoise.export.affine import integer_affine
 from equipoise.export.boxes import box_of, farthest
 from equipoise.export.build import Options, build, reals
 from equipoise.export.cayley import plan_cayley
+from equipoise.export.factored import FactoredProgram, plan_factored
+from equipoise.export.factored import _Map as FactoredMap
 from equipoise.export.fixedpoint import fit_multipliers, requantize
-from equipoise.export.grid import grid_of
-from equipoise.export.network import code_linear
+from equipoise.export.grid import Grid, grid_of
+from equipoise.export.network import CodedLinear, code_linear
 from equipoise.export.plan import Iterates
 from shipping import FEATURES, INPUTS, PIXELS, exact, network, pixels, quantized
 
@@ -30,6 +33,12 @@ SCHEMES: dict[str, eq.Scheme] = {
     "cayley8": eq.Cayley(bits=8, input_bits=8, head_bits=8),
     "cayley4": eq.Cayley(bits=4, input_bits=3, head_bits=4, bias_bits=8),
     "cayley6-float-u": eq.Cayley(bits=6),
+}
+FACTORED: dict[str, eq.Scheme] = {
+    "structured1": eq.Structured(bits=1, input_bits=1, head_bits=8),
+    "structured2-rows": eq.Structured(bits=2, input_bits=2, head_bits=2, granularity="row", bias_bits=8),
+    "structured5-float-u": eq.Structured(bits=5),
+    "structured8": eq.Structured(bits=8, input_bits=8, head_bits=8),
 }
 
 
@@ -135,19 +144,24 @@ def test_a_box_bound_is_met_where_there_is_a_closed_form() -> None:
 # Programs against exact arithmetic
 
 
+def dot(row: Sequence[Fraction], x: Sequence[Fraction | int]) -> Fraction:
+    return sum((a * b for a, b in zip(row, x, strict=True)), Fraction(0))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *FACTORED])
 def test_the_error_bound_holds_on_every_kind_of_input(name: str, bits: int) -> None:
     model = network()
-    q = quantized(model, SCHEMES[name])
+    q = quantized(model, {**SCHEMES, **FACTORED}[name])
     raw = pixels(60)
     assert 0.001 < within(ship(q, activation_bits=bits), q, raw) < 1
     assert within(ship(q, model, activation_bits=bits), model, raw) < 1
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_with_calibration_the_bound_holds_wherever_the_program_answers(bits: int) -> None:
-    q = quantized(network(2), SCHEMES["cayley8"])
+@pytest.mark.parametrize("scheme", [SCHEMES["cayley8"], FACTORED["structured2-rows"]], ids=["cayley", "factored"])
+def test_with_calibration_the_bound_holds_wherever_the_program_answers(scheme: eq.Scheme, bits: int) -> None:
+    q = quantized(network(2), scheme)
     grid = grid_of(INPUTS, PIXELS, None, bits)
     calm = np.random.default_rng(5).integers(60, 100, (50, INPUTS))
     shipped = ship(q, activation_bits=bits, calibration=torch.from_numpy(grid.to_real(calm)))
@@ -159,8 +173,9 @@ def test_with_calibration_the_bound_holds_wherever_the_program_answers(bits: int
     assert shipped.certificate.rounding_bound < ship(q, activation_bits=bits).certificate.rounding_bound  # type: ignore[operator]
 
 
-def test_without_calibration_no_input_leaves_the_range() -> None:
-    shipped = ship(quantized(network(2), SCHEMES["cayley8"]), activation_bits=8)
+@pytest.mark.parametrize("scheme", [SCHEMES["cayley8"], FACTORED["structured1"]], ids=["cayley", "factored"])
+def test_without_calibration_no_input_leaves_the_range(scheme: eq.Scheme) -> None:
+    shipped = ship(quantized(network(2), scheme), activation_bits=8)
     assert not shipped.program.checked
     assert (shipped.program(pixels(300))[2] == 0).all()
 
@@ -196,6 +211,55 @@ def test_one_step_loses_no_more_than_is_proved(name: str, bits: int) -> None:
         lost = sum(float(e - unit * int(s)) ** 2 for e, s in zip(exactly, step, strict=True)) ** 0.5
         worst = max(worst, lost / plan.step_error)
     assert 0.3 < worst <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("name", FACTORED)
+def test_one_factored_step_loses_no_more_than_is_proved(name: str, bits: int) -> None:
+    layer: Any = quantized(network(), FACTORED[name])[0]  # type: ignore[index]
+    grid = grid_of(INPUTS, PIXELS, None, bits)
+    injection = code_linear(layer.injection, 255, "it")
+    plan = plan_factored(layer.recurrent, injection, grid, box_of(grid)[0], Iterates(bits))
+    program: Any = plan.program
+    A = [[s * int(k) for k in row] for s, row in zip(program.A.scales, program.A.codes, strict=True)]
+    K = [[Fraction(float(layer.recurrent.K.scale)) * int(k) for k in row] for row in program.K]
+    U = [[s * int(k) for k in row] for s, row in zip(injection.weight.scales, injection.weight.codes, strict=True)]
+    margin, unit = Fraction(float(layer.recurrent.margin)), Fraction(plan.unit)
+    # the step size is whatever the program uses: it follows from its largest factor
+    alpha = Fraction(factored_step(layer.recurrent, injection, grid))
+    rng, worst = np.random.default_rng(0), 0.0
+    for raw in pixels(4):
+        x = [grid.steps[0] * int(v) + grid.offsets[0] for v in raw]
+        z = rng.integers(0, program.limit // 2, FEATURES).tolist()
+        y = [dot(row, z) for row in A]
+        pulled = [sum((A[r][i] * y[r] for r in range(len(A))), Fraction(0)) for i in range(FEATURES)]
+        q = [b + dot(row, x) for b, row in zip(injection.bias, U, strict=True)]
+        exactly = [
+            max(
+                (1 - alpha * margin) * z[i] * unit + alpha * unit * (dot(K[i], z) - pulled[i]) + alpha * q[i],
+                Fraction(0),
+            )
+            for i in range(FEATURES)
+        ]
+        found = one_factored_step(program, program.injection(raw[None])[0], np.array(z))
+        lost = sum(float(e - unit * int(s)) ** 2 for e, s in zip(exactly, found, strict=True)) ** 0.5
+        worst = max(worst, lost / plan.step_error)
+    assert 0.1 < worst <= 1
+
+
+def factored_step(weights: Any, injection: CodedLinear, grid: Grid) -> float:
+    return FactoredMap(weights, injection, box_of(grid)[0]).alpha
+
+
+def one_factored_step(program: FactoredProgram, p: np.ndarray, z: np.ndarray) -> list[int]:
+    y = requantize(program.pull * (program.A.codes @ z), program.pull_shift)
+    t = program.own * z + program.skew * (program.K @ z)
+    t = (
+        t
+        + p * 2 ** (program.shift - program.fraction)
+        - (program.A.codes.T @ y) * 2 ** (program.shift - program.pull_fraction)
+    )
+    return requantize(np.maximum(t, 0), program.shift).tolist()
 
 
 @pytest.mark.parametrize("bits", [8, 16])

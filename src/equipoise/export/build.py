@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from ..errors import InputError, NotWellPosedError, OptionError, StructureError
 from ..layers.mondeq import MonDEQ
 from ..operators.quantized import CayleyWeight, StructuredWeight
+from ..solvers.forward_backward import best_forward_step
 from .affine import Affine, integer_affine
 from .boxes import box_of
 from .cayley import plan_cayley
 from .certificate import ShipCertificate
+from .factored import plan_factored
 from .fixedpoint import INT32, Floats, Integers
 from .grid import Grid, grid_of
 from .memory import flash_bytes, ram_bytes
@@ -73,7 +75,8 @@ def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | N
         assert isinstance(network.layer.recurrent, CayleyWeight)
         plan = plan_cayley(network.layer.recurrent, injection, grid, box, iterates)
     else:
-        raise OptionError(f"mode {mode!r}")
+        assert isinstance(network.layer.recurrent, StructuredWeight)
+        plan = plan_factored(network.layer.recurrent, injection, grid, box, iterates)
     slip = equilibrium_bounds(own, injection, against, plan, grid)
     extra = slip.input_slip
     steps = plan.steps_for(options.tol, extra if math.isfinite(extra) else 0.0)
@@ -165,6 +168,14 @@ def _largest_iterate(layer: MonDEQ, mode: str, q: Tensor) -> float:
         for _ in range(100):
             largest = max(largest, float(u.abs().max()))
             u = u.abs() @ C.T + c
+        return largest
+    # forward–backward from 0: no iterate is much larger than the largest equilibrium, seen again with some headroom
+    W = layer.weight.detach().double()
+    step = best_forward_step(layer.operator)
+    z = torch.zeros_like(q)
+    for _ in range(300):
+        z = ((1 - step) * z + step * (z @ W.T + q)).clamp(min=0)
+        largest = max(largest, float(z.max()))
     return largest
 
 

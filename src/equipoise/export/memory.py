@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from .affine import Affine
+from .factored import FactoredProgram
 from .program import CayleyProgram, Program
 
 __all__ = ["code_bytes", "flash_bytes", "ram_bytes", "row_bytes"]
@@ -32,6 +33,10 @@ def flash_bytes(program: Program) -> int:
     if isinstance(program, CayleyProgram):
         n = program.features
         total += code_bytes(n, n, program.C.bits) + 4 * program.multipliers.size + 4 * program.start_cross.size
+    if isinstance(program, FactoredProgram):
+        rank, n = program.A.codes.shape
+        total += code_bytes(rank, n, program.A.bits) + 4 * rank
+        total += sum(row_bytes(count, program.K_bits) for count in range(n))
     return total
 
 
@@ -39,4 +44,5 @@ def ram_bytes(program: Program) -> int:
     """Bytes of the arrays that a call works in, input and scores not counted: they are the caller's."""
     n = program.features
     state = 1 if program.state_type == "uint8_t" else 2
-    return 2 * 4 * n + 2 * state * n
+    # Cayley: p, c, and two iterates; factored: p, the two products, and one iterate
+    return 2 * 4 * n + 2 * state * n if isinstance(program, CayleyProgram) else 3 * 4 * n + state * n

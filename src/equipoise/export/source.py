@@ -9,6 +9,7 @@ from string import Template
 
 from .affine import Affine
 from .build import Shipped
+from .factored import FactoredProgram
 from .fixedpoint import INT32
 from .grid import Grid
 from .packing import array, code_type, packed_rows, piece_bytes
@@ -70,12 +71,16 @@ def source(shipped: Shipped) -> str:
     """``eqnet.c``."""
     program = shipped.program
     certified = "" if shipped.certificate.certified else f"\n *\n * {UNCERTIFIED}"
-    parts = [template("prelude.c", version=version("equipoise"), certified=certified)]
+    assert isinstance(program, (CayleyProgram, FactoredProgram))
+    added = isinstance(program, FactoredProgram) and program.additions_only
+    parts = [
+        template("prelude.c", version=version("equipoise"), certified=certified),
+        template("product_added.c" if added else "product_multiplied.c"),
+    ]
     parts += _affine(
         program.injection, "inject", "eqnet_input", "The injection p of the inputs x, preprocessing folded in."
     )
-    if isinstance(program, CayleyProgram):
-        parts += _cayley(program)
+    parts += _cayley(program) if isinstance(program, CayleyProgram) else _factored(program)
     if program.head is not None:
         parts += _affine(program.head, "head", "eqnet_state", "Scores of the equilibrium.")
     parts.append(template("public.c", range_check=_range_check(program, shipped.grid.ctype)))
@@ -111,7 +116,7 @@ def _affine(affine: Affine, name: str, ctype: str, words: str) -> list[str]:
     for g, (start, stop) in enumerate(pieces):
         which = f"i * {len(pieces)} + {g}" if len(pieces) > 1 else "i"
         piece = f"eqnet_dot_{name}({_plus('row', at)}, {_plus('x', start)}, {stop - start})"
-        terms.append(f"        t += (int64_t)eqnet_{name}_multipliers[{which}] * {piece};")
+        terms.append(f"        t += eqnet_product({piece}, eqnet_{name}_multipliers[{which}]);")
         at += piece_bytes(stop - start, affine.bits)
     return [
         array(code_type(affine.bits), f"eqnet_{name}_codes", packed_rows(affine.codes, affine.bits, affine.bounds)),
@@ -132,8 +137,7 @@ def _plus(pointer: str, offset: int) -> str:
 def _cayley(program: CayleyProgram) -> list[str]:
     n, bits = program.features, program.C.bits
     stride = piece_bytes(n, bits)
-    lines = ("if (size > EQNET_LIMIT) {", "    status = EQNET_ITERATE_RANGE;", "    size = EQNET_LIMIT;", "}")
-    check, step_check = ("".join(f"{' ' * k}{line}\n" for line in lines) if program.checked else "" for k in (8, 12))
+    check, step_check = (_limit_check(program, places) for places in (8, 12))
     assert int(program.multipliers.max(initial=0)) <= INT32
     return [
         f"#define EQNET_LIMIT {program.limit}u  /* the largest iterate */\n",
@@ -153,6 +157,79 @@ def _cayley(program: CayleyProgram) -> list[str]:
             shift=program.shift,
             check=check,
             step_check=step_check,
+        ),
+    ]
+
+
+def _limit_check(program: Program, places: int) -> str:
+    """A size beyond the limit is reported and cut; nothing where a proof says that there is none."""
+    lines = ("if (size > EQNET_LIMIT) {", "    status = EQNET_ITERATE_RANGE;", "    size = EQNET_LIMIT;", "}")
+    return "".join(f"{' ' * places}{line}\n" for line in lines) if program.checked else ""
+
+
+def _loop(bits: int, table: str, added: tuple[str, str], general: str) -> str:
+    """A loop over ``count`` codes: what to do for a code of +1, of −1, and for any ``code``."""
+    head = "    for (j = 0; j < count; ++j) {"
+    if bits >= 8:
+        return f"{head}\n        const int32_t code = (int32_t){table}[j];\n        {general}\n    }}"
+    at = {1: f"((uint32_t){table}[j >> 3] >> (j & 7)) & 1u", 2: f"((uint32_t){table}[j >> 2] >> (2 * (j & 3))) & 3u"}
+    if bits in at:
+        tests = ("bit == 1u", None) if bits == 1 else ("bit == 1u", "bit == 3u")
+        other = "else" if tests[1] is None else f"else if ({tests[1]})"
+        return (
+            f"{head}\n        const uint32_t bit = {at[bits]};\n        if ({tests[0]}) {{\n            {added[0]}\n"
+            f"        }} {other} {{\n            {added[1]}\n        }}\n    }}"
+        )
+    half = 1 << (bits - 1)
+    return (
+        f"    uint32_t buffer = 0;\n    uint32_t have = 0;\n{head}\n        int32_t code;\n"
+        f"        if (have < {bits}u) {{\n            buffer |= (uint32_t)*{table} << have;\n            ++{table};\n"
+        f"            have += 8u;\n        }}\n"
+        f"        code = (int32_t)((buffer & {2 * half - 1}u) ^ {half}u) - {half};\n        {general}\n"
+        f"        buffer >>= {bits}u;\n        have -= {bits}u;\n    }}"
+    )
+
+
+def _factored(program: FactoredProgram) -> list[str]:
+    n, bits = program.features, program.A.bits
+    codes = packed_rows(program.A.codes, bits, (0, n))
+    upper = [
+        v for i in range(n - 1) for v in packed_rows(program.K[i : i + 1, i + 1 :], program.K_bits, (0, n - 1 - i))
+    ]
+    packed = {1: "(count + 7) >> 3", 2: "(count + count + 7) >> 3"}
+    advance = "count" if program.K_bits >= 8 else packed.get(program.K_bits, f"(count * {program.K_bits} + 7) >> 3")
+    skew = _loop(
+        program.K_bits,
+        "w",
+        ("sum += (int32_t)z[j]; k[j] -= mine;", "sum -= (int32_t)z[j]; k[j] += mine;"),
+        "sum += code * (int32_t)z[j]; k[j] -= code * mine;",
+    )
+    pull = _loop(bits, "codes", ("w[j] += y;", "w[j] -= y;"), "w[j] += code * y;")
+    return [
+        f"#define EQNET_LIMIT {program.limit}u  /* the largest iterate */\n",
+        array(code_type(bits), "eqnet_A", codes),
+        array(code_type(program.K_bits), "eqnet_K", upper),
+        array("int32_t", "eqnet_pull", program.pull.tolist()),
+        template("product.c"),
+        dot("eqnet_dot_pull", bits, "eqnet_state"),
+        template("axpy.c", code=code_type(bits), loop=pull),
+        template("skew.c", code=code_type(program.K_bits), loop=skew),
+        template(
+            "factored.c",
+            k_code=code_type(program.K_bits),
+            a_code=code_type(bits),
+            rank=len(program.A.codes),
+            stride=piece_bytes(n, bits),
+            advance=advance,
+            pull_shift=program.pull_shift,
+            own=program.own,
+            skew=program.skew,
+            p_lift=program.shift - program.fraction,
+            w_lift=program.shift - program.pull_fraction,
+            half=f"UINT64_C({1 << (program.shift - 1)})",
+            shift=program.shift,
+            steps=program.steps,
+            check=_limit_check(program, 8),
         ),
     ]
 
