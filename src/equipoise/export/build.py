@@ -77,6 +77,8 @@ def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | N
     else:
         assert isinstance(network.layer.recurrent, StructuredWeight)
         plan = plan_factored(network.layer.recurrent, injection, grid, box, iterates)
+    if plan.contraction >= 1 and not options.uncertified:
+        raise NotWellPosedError(f"the steps are not proved to contract (factor {plan.contraction:.9g})", own.margin)
     slip = equilibrium_bounds(own, injection, against, plan, grid)
     extra = slip.input_slip
     steps = plan.steps_for(options.tol, extra if math.isfinite(extra) else 0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..errors import OptionError
+from ..errors import NotWellPosedError, OptionError
 from ..operators.quantized import CayleyWeight
 from .affine import Affine, integer_affine
 from .boxes import Box
@@ -71,6 +71,10 @@ def plan_cayley(
         unit = proved if iterates.measured is None else min(unit, proved)
     else:
         proved = np.inf
+        if iterates.measured is None:
+            raise NotWellPosedError(
+                f"the steps are not proved to contract: ‖C‖ <= {on.rho:.9g} is all that is proved; use more bits", 0.0
+            )
     if not unit > 0:
         raise OptionError("the iterates are all zero on the calibration inputs; give other inputs")
     return _build(on, entry, grid, limit, unit, checked=unit < proved)

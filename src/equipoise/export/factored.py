@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import verified
-from ..errors import OptionError
+from ..errors import NotWellPosedError, OptionError
 from ..operators.base import golden_section
 from ..operators.quantized import StructuredWeight
 from .affine import Affine, integer_affine
@@ -84,6 +84,8 @@ class _Map:
         self.K_codes, self.K_bits = half - half.T, weights.K.bits
         self.K_scale = Fraction(float(weights.K.scale))
         self.margin = float(weights.margin)
+        if not self.margin > 0:
+            raise NotWellPosedError(f"the stored margin is {self.margin:g}; forward–backward needs m > 0", self.margin)
         W, error = weights.assemble()
         eye = torch.eye(len(W), dtype=torch.float64)
         norm = float(torch.linalg.matrix_norm(eye - W, 2))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import pairwise
 from string import Template
+
+import numpy as np
 
 from .affine import Affine
 from .build import Shipped
@@ -15,8 +18,9 @@ from .grid import Grid
 from .packing import array, code_type, packed_rows, piece_bytes
 from .program import CayleyProgram, Program
 
-__all__ = ["header", "source", "template"]
+__all__ = ["header", "host", "source", "template"]
 
+INJECTION = "The injection of x, with the preprocessing."
 UNCERTIFIED = "UNCERTIFIED: nothing is proved about the answers of this network."
 
 
@@ -77,13 +81,13 @@ def source(shipped: Shipped) -> str:
         template("prelude.c", version=version("equipoise"), certified=certified),
         template("product_added.c" if added else "product_multiplied.c"),
     ]
-    parts += _affine(
-        program.injection, "inject", "eqnet_input", "The injection p of the inputs x, preprocessing folded in."
-    )
+    parts += _affine(program.injection, "inject", "eqnet_input", INJECTION)
     parts += _cayley(program) if isinstance(program, CayleyProgram) else _factored(program)
     if program.head is not None:
         parts += _affine(program.head, "head", "eqnet_state", "Scores of the equilibrium.")
-    parts.append(template("public.c", range_check=_range_check(program, shipped.grid.ctype)))
+    check = _range_check(program, shipped.grid.ctype)
+    parts.append(template("run.c", prefix="eqnet", solve="eqnet_solve", inject="eqnet_inject", range_check=check))
+    parts.append(template("public.c"))
     if program.head is not None:
         parts.append(template("scores.c"))
     return "\n".join(parts)
@@ -108,24 +112,58 @@ def dot(name: str, bits: int, ctype: str) -> str:
     return template("dot_plain.c", name=name, type=ctype, code=code_type(bits))
 
 
-def _affine(affine: Affine, name: str, ctype: str, words: str) -> list[str]:
-    """Tables, dot product and function of an integer affine map."""
+def host(shipped: Shipped) -> str:
+    """``eqnet_host.c``: the same integers from wider tables, for processors with vector instructions and memory."""
+    program, affine = shipped.program, shipped.program.injection
+    parts, inject, prefix = [template("host_prelude.c", version=version("equipoise"))], "eqnet_inject", "eqnet"
+    if affine.bits < 8:
+        parts += _affine(replace(affine, bits=8), "wide", "eqnet_input", INJECTION, tables="inject")
+        inject = "eqnet_wide"
+    if isinstance(program, CayleyProgram):
+        parts += _wide_cayley(program)
+        prefix = "eqnet_host"
+    if len(parts) > 1:
+        check = _range_check(program, shipped.grid.ctype)
+        parts.append(template("run.c", prefix="eqnet_host", solve=f"{prefix}_solve", inject=inject, range_check=check))
+    parts.append(template("host.c", run="eqnet_host_run" if len(parts) > 1 else "eqnet_run"))
+    return "\n".join(parts)
+
+
+def _wide_cayley(program: CayleyProgram) -> list[str]:
+    """The solver on rows of plain bytes, filled up with zeros to whole vectors."""
+    n, lanes = program.features, 64 if program.state_type == "uint8_t" else 32
+    width = -(-n // lanes) * lanes
+    codes = np.zeros((n, width), dtype=np.int64)
+    codes[:, :n] = program.C.codes
+    return [
+        array("int8_t", "eqnet_host_C", codes.flatten().tolist()),
+        dot("eqnet_host_dot_start", 8, "int32_t"),
+        dot("eqnet_host_dot_step", 8, "eqnet_state"),
+        _cayley_solver(program, "eqnet_host", width, width),
+    ]
+
+
+def _affine(affine: Affine, name: str, ctype: str, words: str, tables: str = "") -> list[str]:
+    """Tables, dot product and function of an integer affine map; ``tables``: of whose multipliers and offsets."""
     n = affine.codes.shape[0]
     pieces = list(pairwise(affine.bounds))
     at, terms = 0, []
     for g, (start, stop) in enumerate(pieces):
         which = f"i * {len(pieces)} + {g}" if len(pieces) > 1 else "i"
         piece = f"eqnet_dot_{name}({_plus('row', at)}, {_plus('x', start)}, {stop - start})"
-        terms.append(f"        t += eqnet_product({piece}, eqnet_{name}_multipliers[{which}]);")
+        terms.append(f"        t += eqnet_product({piece}, eqnet_{tables or name}_multipliers[{which}]);")
         at += piece_bytes(stop - start, affine.bits)
-    return [
-        array(code_type(affine.bits), f"eqnet_{name}_codes", packed_rows(affine.codes, affine.bits, affine.bounds)),
+    own = [
         array("int32_t", f"eqnet_{name}_multipliers", affine.multipliers.flatten().tolist()),
         array("int64_t", f"eqnet_{name}_offsets", affine.offsets.tolist()),
+    ]
+    return [
+        array(code_type(affine.bits), f"eqnet_{name}_codes", packed_rows(affine.codes, affine.bits, affine.bounds)),
+        *([] if tables else own),
         dot(f"eqnet_dot_{name}", affine.bits, ctype),
         template(
             "affine.c", words=words, name=name, type=ctype, rows=n, code=code_type(affine.bits), stride=at,
-            terms="\n".join(terms), shift=affine.shift,
+            terms="\n".join(terms), shift=affine.shift, tables=tables or name,
         ),
     ]  # fmt: skip
 
@@ -137,7 +175,6 @@ def _plus(pointer: str, offset: int) -> str:
 def _cayley(program: CayleyProgram) -> list[str]:
     n, bits = program.features, program.C.bits
     stride = piece_bytes(n, bits)
-    check, step_check = (_limit_check(program, places) for places in (8, 12))
     assert int(program.multipliers.max(initial=0)) <= INT32
     return [
         f"#define EQNET_LIMIT {program.limit}u  /* the largest iterate */\n",
@@ -146,24 +183,34 @@ def _cayley(program: CayleyProgram) -> list[str]:
         array("int32_t", "eqnet_start", program.start_cross.tolist()),
         dot("eqnet_dot_start", bits, "int32_t"),
         dot("eqnet_dot_step", bits, "eqnet_state"),
-        template(
-            "cayley.c",
-            steps=program.steps,
-            stride=stride,
-            start_own=program.start_own,
-            start_shift=program.start_shift,
-            lift=f"INT64_C({1 << (program.shift - program.fraction)})",
-            half=f"UINT64_C({1 << (program.shift - 1)})",
-            shift=program.shift,
-            check=check,
-            step_check=step_check,
-        ),
+        template("size.c", half=f"UINT64_C({1 << (program.shift - 1)})", shift=program.shift),
+        _cayley_solver(program, "eqnet", stride, 0),
     ]
+
+
+def _cayley_solver(program: CayleyProgram, prefix: str, stride: int, width: int) -> str:
+    """The iteration; ``width``: columns of rows filled up with zeros, 0 where they are not."""
+    return template(
+        "cayley.c",
+        prefix=prefix,
+        steps=program.steps,
+        stride=stride,
+        width=width or "EQNET_FEATURES",
+        zeros=" = {{0}}" if width else "",
+        start_own=program.start_own,
+        start_shift=program.start_shift,
+        lift=f"INT64_C({1 << (program.shift - program.fraction)})",
+        check=_limit_check(program, 8),
+        step_check=_limit_check(program, 12),
+    )
 
 
 def _limit_check(program: Program, places: int) -> str:
     """A size beyond the limit is reported and cut; nothing where a proof says that there is none."""
-    lines = ("if (size > EQNET_LIMIT) {", "    status = EQNET_ITERATE_RANGE;", "    size = EQNET_LIMIT;", "}")
+    lines = (
+        "status = size > EQNET_LIMIT ? EQNET_ITERATE_RANGE : status;",
+        "size = size > EQNET_LIMIT ? EQNET_LIMIT : size;",
+    )
     return "".join(f"{' ' * places}{line}\n" for line in lines) if program.checked else ""
 
 

@@ -11,7 +11,7 @@ from .._atomic import replacing
 from ..errors import OutputError
 from .build import Shipped
 from .fixedpoint import Integers
-from .source import header, source, template
+from .source import header, host, source, template
 from .vectors import vectors_header
 
 __all__ = ["check_folder", "write_c", "write_files"]
@@ -60,7 +60,7 @@ def write_c(shipped: Shipped, folder: Path, samples: Integers | None, force: boo
         "eqnet.c": source(shipped),
         "vectors.h": vectors_header(shipped, samples),
         "selftest.c": template("selftest.c"),
-        "eqnet_host.c": template("host.c"),
+        "eqnet_host.c": host(shipped),
         "certificate.json": json.dumps(document(shipped), allow_nan=False, indent=1, ensure_ascii=False) + "\n",
     }
     return write_files(folder, texts, force)
