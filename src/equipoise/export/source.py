@@ -86,7 +86,7 @@ def source(shipped: Shipped) -> str:
     if program.head is not None:
         parts += _affine(program.head, "head", "eqnet_state", "Scores of the equilibrium.")
     check = _range_check(program, shipped.grid.ctype)
-    parts.append(template("run.c", prefix="eqnet", solve="eqnet_solve", inject="eqnet_inject", range_check=check))
+    parts.append(template("run.c", range_check=check))
     parts.append(template("public.c"))
     if program.head is not None:
         parts.append(template("scores.c"))
@@ -112,21 +112,63 @@ def dot(name: str, bits: int, ctype: str) -> str:
     return template("dot_plain.c", name=name, type=ctype, code=code_type(bits))
 
 
+TILE = 8
+"""Images whose injections are formed together by the host build."""
+
+HEAD_OF_A_TILE = """        if (scores != 0) {
+            int32_t *const mine = scores + (int64_t)k * EQNET_CLASSES;
+            eqnet_head(own, mine);
+            for (i = 0; status[k] != EQNET_OK && i < EQNET_CLASSES; ++i) {
+                mine[i] = 0;
+            }
+        }
+"""
+
+
 def host(shipped: Shipped) -> str:
     """``eqnet_host.c``: the same integers from wider tables, for processors with vector instructions and memory."""
     program, affine = shipped.program, shipped.program.injection
-    parts, inject, prefix = [template("host_prelude.c", version=version("equipoise"))], "eqnet_inject", "eqnet"
+    parts, solve, codes = (
+        [template("host_prelude.c", version=version("equipoise"))],
+        "eqnet_solve",
+        "eqnet_inject_codes",
+    )
+    product = "eqnet_dot_inject"
     if affine.bits < 8:
-        parts += _affine(replace(affine, bits=8), "wide", "eqnet_input", INJECTION, tables="inject")
-        inject = "eqnet_wide"
+        affine = replace(affine, bits=8)
+        codes, product = "eqnet_host_codes", "eqnet_host_dot_inject"
+        parts += [array("int8_t", codes, affine.codes.flatten().tolist()), dot(product, 8, "eqnet_input")]
     if isinstance(program, CayleyProgram):
         parts += _wide_cayley(program)
-        prefix = "eqnet_host"
-    if len(parts) > 1:
-        check = _range_check(program, shipped.grid.ctype)
-        parts.append(template("run.c", prefix="eqnet_host", solve=f"{prefix}_solve", inject=inject, range_check=check))
-    parts.append(template("host.c", run="eqnet_host_run" if len(parts) > 1 else "eqnet_run"))
+        solve = "eqnet_host_solve"
+    terms, stride = _terms(affine, product, "image", "inject")
+    parts.append(
+        template(
+            "host.c",
+            tile=TILE,
+            code=code_type(affine.bits),
+            codes=codes,
+            terms="\n".join(f"    {line}" for line in terms),
+            stride=stride,
+            shift=affine.shift,
+            solve=solve,
+            range_check=_range_check(program, shipped.grid.ctype, own_index=True),
+            scores=HEAD_OF_A_TILE if program.head is not None else "",
+        )
+    )
     return "\n".join(parts)
+
+
+def _terms(affine: Affine, product: str, x: str, tables: str) -> tuple[list[str], int]:
+    """(the lines that add each piece of a row to t, elements of a row)."""
+    pieces = list(pairwise(affine.bounds))
+    at, lines = 0, []
+    for g, (start, stop) in enumerate(pieces):
+        which = f"i * {len(pieces)} + {g}" if len(pieces) > 1 else "i"
+        piece = f"{product}({_plus('row', at)}, {_plus(x, start)}, {stop - start})"
+        lines.append(f"        t += eqnet_product({piece}, eqnet_{tables}_multipliers[{which}]);")
+        at += piece_bytes(stop - start, affine.bits)
+    return lines, at
 
 
 def _wide_cayley(program: CayleyProgram) -> list[str]:
@@ -143,27 +185,17 @@ def _wide_cayley(program: CayleyProgram) -> list[str]:
     ]
 
 
-def _affine(affine: Affine, name: str, ctype: str, words: str, tables: str = "") -> list[str]:
-    """Tables, dot product and function of an integer affine map; ``tables``: of whose multipliers and offsets."""
-    n = affine.codes.shape[0]
-    pieces = list(pairwise(affine.bounds))
-    at, terms = 0, []
-    for g, (start, stop) in enumerate(pieces):
-        which = f"i * {len(pieces)} + {g}" if len(pieces) > 1 else "i"
-        piece = f"eqnet_dot_{name}({_plus('row', at)}, {_plus('x', start)}, {stop - start})"
-        terms.append(f"        t += eqnet_product({piece}, eqnet_{tables or name}_multipliers[{which}]);")
-        at += piece_bytes(stop - start, affine.bits)
-    own = [
-        array("int32_t", f"eqnet_{name}_multipliers", affine.multipliers.flatten().tolist()),
-        array("int64_t", f"eqnet_{name}_offsets", affine.offsets.tolist()),
-    ]
+def _affine(affine: Affine, name: str, ctype: str, words: str) -> list[str]:
+    """Tables, dot product and function of an integer affine map."""
+    terms, stride = _terms(affine, f"eqnet_dot_{name}", "x", name)
     return [
         array(code_type(affine.bits), f"eqnet_{name}_codes", packed_rows(affine.codes, affine.bits, affine.bounds)),
-        *([] if tables else own),
+        array("int32_t", f"eqnet_{name}_multipliers", affine.multipliers.flatten().tolist()),
+        array("int64_t", f"eqnet_{name}_offsets", affine.offsets.tolist()),
         dot(f"eqnet_dot_{name}", affine.bits, ctype),
         template(
-            "affine.c", words=words, name=name, type=ctype, rows=n, code=code_type(affine.bits), stride=at,
-            terms="\n".join(terms), shift=affine.shift, tables=tables or name,
+            "affine.c", words=words, name=name, type=ctype, rows=len(affine.offsets), code=code_type(affine.bits),
+            stride=stride, terms="\n".join(terms), shift=affine.shift,
         ),
     ]  # fmt: skip
 
@@ -200,18 +232,12 @@ def _cayley_solver(program: CayleyProgram, prefix: str, stride: int, width: int)
         start_own=program.start_own,
         start_shift=program.start_shift,
         lift=f"INT64_C({1 << (program.shift - program.fraction)})",
-        check=_limit_check(program, 8),
-        step_check=_limit_check(program, 12),
+        over="    uint64_t over = 0;\n" if program.checked else "",
+        check="        over |= size;\n" if program.checked else "",
+        step_check="            over |= size;\n" if program.checked else "",
+        kept="(size & EQNET_LIMIT)" if program.checked else "size",
+        status="over > EQNET_LIMIT ? EQNET_ITERATE_RANGE : EQNET_OK" if program.checked else "EQNET_OK",
     )
-
-
-def _limit_check(program: Program, places: int) -> str:
-    """A size beyond the limit is reported and cut; nothing where a proof says that there is none."""
-    lines = (
-        "status = size > EQNET_LIMIT ? EQNET_ITERATE_RANGE : status;",
-        "size = size > EQNET_LIMIT ? EQNET_LIMIT : size;",
-    )
-    return "".join(f"{' ' * places}{line}\n" for line in lines) if program.checked else ""
 
 
 def _loop(bits: int, table: str, added: tuple[str, str], general: str) -> str:
@@ -276,22 +302,21 @@ def _factored(program: FactoredProgram) -> list[str]:
             half=f"UINT64_C({1 << (program.shift - 1)})",
             shift=program.shift,
             steps=program.steps,
-            check=_limit_check(program, 8),
         ),
     ]
 
 
-def _range_check(program: Program, ctype: str) -> str:
+def _range_check(program: Program, ctype: str, own_index: bool = False) -> str:
     """Comparisons that can fail; others would be reported by compilers as always false."""
     low, high = {"uint8_t": (0, 255), "int16_t": (-(2**15), 2**15 - 1)}[ctype]
-    tests = ([f"x[i] < {program.low}"] if program.low > low else []) + (
-        [f"x[i] > {program.high}"] if program.high < high else []
-    )
+    tests = [f"x[i] < {program.low}"] if program.low > low else []
+    tests += [f"x[i] > {program.high}"] if program.high < high else []
     if not tests:
-        return ""
-    return f"""    for (i = 0; i < EQNET_INPUTS; ++i) {{
+        return "    (void)x;\n" if own_index else ""
+    loop = f"""    for (i = 0; i < EQNET_INPUTS; ++i) {{
         if ({" || ".join(tests)}) {{
             status = EQNET_INPUT_RANGE;
         }}
     }}
 """
+    return f"    int32_t i;\n{loop}" if own_index else loop
