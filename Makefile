@@ -10,7 +10,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := train,data,report,bench,dev
+EXTRAS := train,data,report,bench,export,dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 # One thread per worker: the workers share the cores among them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

@@ -21,11 +21,10 @@ from equipoise.export.affine import integer_affine
 from equipoise.export.boxes import box_of, farthest
 from equipoise.export.build import Options, build, reals
 from equipoise.export.cayley import plan_cayley
-from equipoise.export.factored import FactoredProgram, plan_factored
-from equipoise.export.factored import _Map as FactoredMap
+from equipoise.export.factored import FactoredMap, FactoredProgram, plan_factored
 from equipoise.export.fixedpoint import fit_multipliers, requantize
-from equipoise.export.grid import Grid, grid_of
-from equipoise.export.network import CodedLinear, code_linear
+from equipoise.export.grid import grid_of
+from equipoise.export.network import code_linear
 from equipoise.export.plan import Iterates
 from shipping import FEATURES, INPUTS, PIXELS, exact, network, pixels, quantized
 
@@ -209,7 +208,7 @@ def test_one_step_loses_no_more_than_is_proved(name: str, bits: int) -> None:
             own + sum(k * int(w) * unit for k, w in zip(row, v, strict=True)) for own, row in zip(c, C, strict=True)
         ]
         lost = sum(float(e - unit * int(s)) ** 2 for e, s in zip(exactly, step, strict=True)) ** 0.5
-        worst = max(worst, lost / plan.step_error)
+        worst = max(worst, lost / plan.iteration.step_error)
     assert 0.3 < worst <= 1
 
 
@@ -225,8 +224,7 @@ def test_one_factored_step_loses_no_more_than_is_proved(name: str, bits: int) ->
     K = [[Fraction(float(layer.recurrent.K.scale)) * int(k) for k in row] for row in program.K]
     U = [[s * int(k) for k in row] for s, row in zip(injection.weight.scales, injection.weight.codes, strict=True)]
     margin, unit = Fraction(float(layer.recurrent.margin)), Fraction(plan.unit)
-    # the step size is whatever the program uses: it follows from its largest factor
-    alpha = Fraction(factored_step(layer.recurrent, injection, grid))
+    alpha = Fraction(FactoredMap.of(layer.recurrent).alpha)
     rng, worst = np.random.default_rng(0), 0.0
     for raw in pixels(4):
         x = [grid.steps[0] * int(v) + grid.offsets[0] for v in raw]
@@ -243,12 +241,8 @@ def test_one_factored_step_loses_no_more_than_is_proved(name: str, bits: int) ->
         ]
         found = one_factored_step(program, program.injection(raw[None])[0], np.array(z))
         lost = sum(float(e - unit * int(s)) ** 2 for e, s in zip(exactly, found, strict=True)) ** 0.5
-        worst = max(worst, lost / plan.step_error)
+        worst = max(worst, lost / plan.iteration.step_error)
     assert 0.1 < worst <= 1
-
-
-def factored_step(weights: Any, injection: CodedLinear, grid: Grid) -> float:
-    return FactoredMap(weights, injection, box_of(grid)[0]).alpha
 
 
 def one_factored_step(program: FactoredProgram, p: np.ndarray, z: np.ndarray) -> list[int]:
@@ -356,9 +350,9 @@ def test_what_is_not_certified_is_refused_or_marked(tmp_path: Path) -> None:
     with pytest.raises(eq.NotWellPosedError, match="--uncertified"):
         export(q, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-    shipped = export(q, tmp_path / "marked", uncertified=True)
-    assert not shipped.certificate.certified
-    assert shipped.certificate.error_bound is None
+    certificate = export(q, tmp_path / "marked", uncertified=True)
+    assert not certificate.certified
+    assert certificate.error_bound is None
     for name in ("eqnet.c", "eqnet.h"):
         assert "UNCERTIFIED" in (tmp_path / "marked" / name).read_text()
     assert '"certified": false' in (tmp_path / "marked" / "certificate.json").read_text()

@@ -17,6 +17,7 @@ from equipoise import runtime
 from equipoise.data import Preprocessing
 from equipoise.errors import ConvergenceWarning
 from equipoise.export import Shipped, export
+from equipoise.export.build import Options, build
 from shipping import (
     CLASSES,
     FEATURES,
@@ -48,8 +49,10 @@ KINDS: dict[str, tuple[eq.Scheme, dict[str, Any]]] = {
 
 def written(folder: Path, kind: str, **more: Any) -> tuple[Any, Shipped]:
     scheme, options = KINDS[kind]
-    model = quantized(network(), scheme)
-    return model, export(model, folder, **{**options, **more})
+    model, asked = quantized(network(), scheme), {**options, **more}
+    export(model, folder, **asked)
+    calibration = asked.pop("calibration", None)
+    return model, build(model, None, calibration, Options(**asked))
 
 
 @pytest.mark.parametrize("kind", KINDS)

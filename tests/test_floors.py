@@ -84,6 +84,7 @@ GUESTS: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "torchdeq": {"bench"},
+    "onnx": {"export"},
 }
 # Rooms that may import other rooms inside a function, to start quickly.
 LAZY = {"", "cli", "__main__"}

@@ -72,7 +72,7 @@ def export(
         check_fits(model, loaded)
         calibration = loaded.train.x[:CALIBRATION]
     with waiting("proving and writing"):
-        shipped = ship(
+        certificate = ship(
             model,
             out,
             target.value,
@@ -85,7 +85,6 @@ def export(
             uncertified=uncertified,
             force=force,
         )
-    certificate = shipped.certificate
     if not certificate.certified:
         tell("warning: UNCERTIFIED: nothing is proved about the answers of this network")
     if as_json:

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .build import Options, Shipped, build
 from .certificate import ShipCertificate
-from .write import check_folder, write_c
+from .graph import graphs
+from .network import take_apart
+from .unroll import unrolled
+from .write import check_folder, write_c, write_files
 
-__all__ = ["ShipCertificate", "Shipped", "export"]
+__all__ = ["ShipCertificate", "Shipped", "build", "export", "unrolled"]
 
 TARGETS = ("c", "onnx")
 
@@ -29,11 +32,13 @@ def export(
     activation_bits: int = 16,
     uncertified: bool = False,
     force: bool = False,
-) -> Shipped:
+) -> ShipCertificate:
     """Write ``model`` as a program into the folder ``out``, with the proof of what its answers are worth.
 
     Target ``"c"``: C99 that computes in integers only, from raw inputs to class scores: u ← C̃|u| + c for a Cayley
     network (mode ``"cayley"``), forward–backward steps on the codes of A and K for a structured one (``"factored"``).
+    Target ``"onnx"``: ``unrolled.onnx`` and ``loop.onnx``, the same steps in float32 on integer weights; they do not
+    look at the range of their inputs, for which alone the proof holds.
 
     Args:
         model: a quantized equilibrium layer, or a chain of it and a linear head.
@@ -52,12 +57,18 @@ def export(
         OptionError: no input range; bits without a kernel; a tolerance below what the grid can reach.
         StructureError: a model that is no such network, or codes of another mode.
         OutputError: a folder that cannot be written, or that holds something without ``force``.
+        MissingExtraError: target onnx without the package onnx.
     """
     if target not in TARGETS:
         raise OptionError(f"target is {target!r}; known: {', '.join(TARGETS)}")
     folder = check_folder(out, force)
     options = Options(mode, tol, input_range, activation_bits, uncertified)
+    if target == "onnx":
+        module, certificate = unrolled(model, reference, options)
+        written = graphs(take_apart(model), module, certificate)
+        write_files(folder, {**written, "certificate.json": certificate.to_json() + "\n"}, force)
+        return certificate
     shipped = build(model, reference, calibration, options)
     samples = None if calibration is None else shipped.grid.to_raw(calibration[:4].detach().cpu().numpy())
     write_c(shipped, folder, samples, force)
-    return shipped
+    return shipped.certificate

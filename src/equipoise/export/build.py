@@ -29,7 +29,7 @@ from .plan import Iterates, Plan, iterate_limit
 from .program import Program
 from .proof import Bounds, Exact, Reference, equilibrium_bounds, score_bound
 
-__all__ = ["Options", "Shipped", "build"]
+__all__ = ["Options", "Shipped", "build", "prepare", "reals"]
 
 CALIBRATION = 256
 """Random inputs that stand in for calibration where nothing can be proved and none were given."""
@@ -59,16 +59,12 @@ class Shipped:
 
 def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | None, options: Options) -> Shipped:
     """See :func:`equipoise.export.export` for what is raised."""
-    network = take_apart(model)
-    mode = _mode(network.layer, options.mode)
     iterate_limit(options.activation_bits)
-    grid = grid_of(network.layer.in_features, network.preprocessing, options.input_range, options.activation_bits)
-    own = Exact.of(network.layer)
-    _check_certified(own, options.uncertified)
-    against = _reference(network, own, reference)
+    network, mode, grid, own, against = prepare(model, reference, options)
     box, _ = box_of(grid)
     largest = max(abs(grid.low), abs(grid.high))
     injection = code_linear(network.layer.injection, largest, "the injection")
+    real = injection.weight.real(), injection.bias_real()
     measured = _measured(network.layer, mode, grid, calibration, certified=own.margin > 0)
     iterates = Iterates(options.activation_bits, measured)
     if mode == "cayley":
@@ -77,18 +73,31 @@ def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | N
     else:
         assert isinstance(network.layer.recurrent, StructuredWeight)
         plan = plan_factored(network.layer.recurrent, injection, grid, box, iterates)
-    if plan.contraction >= 1 and not options.uncertified:
-        raise NotWellPosedError(f"the steps are not proved to contract (factor {plan.contraction:.9g})", own.margin)
-    slip = equilibrium_bounds(own, injection, against, plan, grid)
-    extra = slip.input_slip
-    steps = plan.steps_for(options.tol, extra if math.isfinite(extra) else 0.0)
-    program = replace(plan.program, low=grid.low, high=grid.high, checked=plan.checked, steps=steps)
+    if plan.iteration.contraction >= 1 and not options.uncertified:
+        raise NotWellPosedError(
+            f"the steps are not proved to contract (factor {plan.iteration.contraction:.9g})", own.margin
+        )
+    extra = equilibrium_bounds(own, real, against, plan.iteration, 1, grid).input_slip
+    steps = plan.iteration.steps_for(options.tol, extra if math.isfinite(extra) else 0.0)
+    program = replace(plan.program, low=grid.low, high=grid.high, checked=plan.iteration.checked, steps=steps)
     plan = replace(plan, program=program)
-    bounds = equilibrium_bounds(own, injection, against, plan, grid)
+    bounds = equilibrium_bounds(own, real, against, plan.iteration, steps, grid)
     head, head_affine, score_unit = _head(network, plan)
     program = replace(program, head=head_affine)
     certificate = _certificate(network, own, against, plan, bounds, program, mode, options, grid, (head, score_unit))
     return Shipped(program, grid, plan.unit, score_unit, certificate)
+
+
+def prepare(
+    model: nn.Module, reference: nn.Module | None, options: Options
+) -> tuple[Network, str, Grid, Exact, Reference]:
+    """What every target starts from: the network, its mode, its inputs, and both networks in float64."""
+    network = take_apart(model)
+    mode = _mode(network.layer, options.mode)
+    grid = grid_of(network.layer.in_features, network.preprocessing, options.input_range, options.activation_bits)
+    own = Exact.of(network.layer)
+    _check_certified(own, options.uncertified)
+    return network, mode, grid, own, _reference(network, own, reference)
 
 
 def _mode(layer: MonDEQ, asked: str | None) -> str:
@@ -204,12 +213,14 @@ def _certificate(
     options: Options, grid: Grid, head: tuple[CodedLinear | None, float | None],
 ) -> ShipCertificate:  # fmt: skip
     """Everything that is known, None where it is not finite."""
-    rounding = plan.rounding + (bounds.input_slip if grid.natural else bounds.input_rounding)
-    truncation = plan.truncation(program.steps)
+    rounding = plan.iteration.rounding + (bounds.input_slip if grid.natural else bounds.input_rounding)
+    truncation = plan.iteration.truncation(program.steps)
     error = bounds.displacement + rounding + truncation
     scores = error
     if head[0] is not None and program.head is not None and head[1] is not None:
-        scores = score_bound(against, head[0], program.head, head[1], error, plan.iterate_norm)
+        lost = torch.from_numpy(program.head.errors) * head[1]
+        used = head[0].weight.real(), head[0].bias_real()
+        scores = score_bound(against, used, lost, error, plan.iteration.iterate_norm)
 
     def known(value: float) -> float | None:
         return value if own.margin > 0 and math.isfinite(value) else None
@@ -229,7 +240,7 @@ def _certificate(
         input_rounding_bound=known(bounds.input_rounding),
         score_error_bound=known(scores),
         tolerance=options.tol,
-        contraction=known(plan.contraction),
+        contraction=known(plan.iteration.contraction),
         margin=known(own.margin),
         iterate_unit=plan.unit,
         iterate_limit=program.limit,

@@ -16,7 +16,7 @@ from .boxes import Box
 from .fixedpoint import INT32, SLACK, Floats, above, fit_multipliers
 from .grid import Grid
 from .network import CodedLinear, CodedMatrix
-from .plan import Iterates, Plan, iterate_limit
+from .plan import Iterates, Iteration, Plan, iterate_limit
 from .program import CayleyProgram
 
 __all__ = ["plan_cayley"]
@@ -77,7 +77,7 @@ def plan_cayley(
             )
     if not unit > 0:
         raise OptionError("the iterates are all zero on the calibration inputs; give other inputs")
-    return _build(on, entry, grid, limit, unit, checked=unit < proved)
+    return _build(on, entry, limit, unit, checked=unit < proved)
 
 
 def _injection(on: _Map, injection: CodedLinear, grid: Grid) -> tuple[Affine, Fraction]:
@@ -157,7 +157,7 @@ def _error(on: _Map, entry: tuple[Affine, Fraction], unit: float, limit: int) ->
     return lost * SLACK, program
 
 
-def _build(on: _Map, entry: tuple[Affine, Fraction], grid: Grid, limit: int, unit: float, checked: bool) -> Plan:
+def _build(on: _Map, entry: tuple[Affine, Fraction], limit: int, unit: float, checked: bool) -> Plan:
     step_error, program = _error(on, entry, unit, limit)
     largest_c = float(on.c.max(initial=0)) / unit
     if largest_c * 2.0**program.fraction >= 2**30 or program.fraction < 4:
@@ -170,17 +170,13 @@ def _build(on: _Map, entry: tuple[Affine, Fraction], grid: Grid, limit: int, uni
     norm = np.inf if on.rho >= 1 else (on.c_norm + step_error) / (1 - on.rho) * SLACK
     if checked:
         norm = min(norm, limit * unit * n**0.5 * SLACK)
-    return Plan(
-        program=program,
-        unit=unit,
+    iteration = Iteration(
         contraction=on.rho,
         step_error=step_error,
         iterate_norm=float(norm),
         solution_norm=on.c_norm / (1 - on.rho) * SLACK if on.rho < 1 else np.inf,
         first=1,
         checked=checked,
-        grid=grid,
-        accumulator=int(
-            max((limit * on.C.row_sums).max(initial=0), (np.abs(on.C.codes) @ entry[0].magnitude).max(initial=0))
-        ),
     )
+    accumulator = int(np.maximum(limit * on.C.row_sums, np.abs(on.C.codes) @ entry[0].magnitude).max(initial=0))
+    return Plan(program, unit, iteration, accumulator)

@@ -17,10 +17,10 @@ from .boxes import Box
 from .fixedpoint import INT32, SLACK, Floats, Integers, exact_product, fit_multipliers, requantize
 from .grid import Grid
 from .network import WIDEST, CodedLinear, CodedMatrix
-from .plan import Iterates, Plan, iterate_limit
+from .plan import Iterates, Iteration, Plan, iterate_limit
 from .program import Program
 
-__all__ = ["FactoredProgram", "plan_factored"]
+__all__ = ["FactoredMap", "FactoredProgram", "plan_factored"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,33 +71,50 @@ class FactoredProgram(Program):
         return self.injection.codes.size + self.steps * (n * (n - 1) + 2 * self.A.codes.size) + head
 
 
-class _Map:
-    """z ↦ max(M z + α q, 0) over a box of inputs: proved constants."""
+@dataclass(frozen=True, eq=False)
+class FactoredMap:
+    """z ↦ max((1 − αm) z + α (K z − Aᵀ(A z)) + α q, 0): its codes, the step α and a proved contraction factor ρ."""
 
-    def __init__(self, weights: StructuredWeight, injection: CodedLinear, box: Box) -> None:
-        self.A = CodedMatrix.of(weights.A, "A")
-        self.K = weights.K.dequantize()
+    A: CodedMatrix
+    K: Integers
+    K_bits: int
+    K_scale: Fraction
+    margin: float
+    alpha: float
+    rho: float
+
+    @classmethod
+    def of(cls, weights: StructuredWeight) -> FactoredMap:
+        """α minimises ‖(1 − α) I + α W‖₂; ρ is an upper bound of that, proved (theory §2, §6)."""
+        margin = float(weights.margin)
+        if not margin > 0:
+            raise NotWellPosedError(f"the stored margin is {margin:g}; forward–backward needs m > 0", margin)
         if weights.K.bits > WIDEST:
             raise OptionError(f"K has {weights.K.bits} bits; there are kernels for 1 to {WIDEST}: quantize it again")
         half = np.zeros((weights.features, weights.features), dtype=np.int64)
         half[np.triu_indices(weights.features, 1)] = weights.K.codes.cpu().numpy()
-        self.K_codes, self.K_bits = half - half.T, weights.K.bits
-        self.K_scale = Fraction(float(weights.K.scale))
-        self.margin = float(weights.margin)
-        if not self.margin > 0:
-            raise NotWellPosedError(f"the stored margin is {self.margin:g}; forward–backward needs m > 0", self.margin)
         W, error = weights.assemble()
         eye = torch.eye(len(W), dtype=torch.float64)
-        norm = float(torch.linalg.matrix_norm(eye - W, 2))
-        guess = self.margin / norm**2
+        guess = margin / float(torch.linalg.matrix_norm(eye - W, 2)) ** 2
 
         def factor(alpha: float) -> float:
             return float(torch.linalg.matrix_norm((1 - alpha) * eye + alpha * W, 2))
 
-        self.alpha = min(golden_section(factor, guess / 4, guess * 4), 1 / self.margin)
-        M = (1 - self.alpha) * eye + self.alpha * W
-        forming = verified.gamma(4) * (1 + self.alpha + self.alpha * verified.absolute_norm(W))
-        self.rho = verified.spectral_norm(M, verified.up((self.alpha * error + forming) * SLACK))
+        alpha = min(golden_section(factor, guess / 4, guess * 4), 1 / margin)
+        M = (1 - alpha) * eye + alpha * W
+        forming = verified.gamma(4) * (1 + alpha + alpha * verified.absolute_norm(W))
+        rho = verified.spectral_norm(M, verified.up((alpha * error + forming) * SLACK))
+        A, scale = CodedMatrix.of(weights.A, "A"), Fraction(float(weights.K.scale))
+        return cls(A, half - half.T, weights.K.bits, scale, margin, alpha, rho)
+
+
+class _Map:
+    """A :class:`FactoredMap` over a box of inputs: how large α q can be."""
+
+    def __init__(self, weights: StructuredWeight, injection: CodedLinear, box: Box) -> None:
+        step = FactoredMap.of(weights)
+        self.A, self.K_codes, self.K_bits, self.K_scale = step.A, step.K, step.K_bits, step.K_scale
+        self.margin, self.alpha, self.rho = step.margin, step.alpha, step.rho
         U, b = injection.weight.real(), injection.bias_real()
         self.q = box.entries(U, b).numpy()
         self.q_positive = box.positive(U, b)
@@ -126,18 +143,16 @@ def plan_factored(weights: StructuredWeight, injection: CodedLinear, grid: Grid,
     norm = _iterate_norm(on, step_error)
     if checked:
         norm = min(norm, limit * unit * program.features**0.5 * SLACK)
-    return Plan(
-        program=program,
-        unit=unit,
+    iteration = Iteration(
         contraction=on.rho,
         step_error=step_error,
         iterate_norm=norm,
         solution_norm=on.q_positive / on.margin * SLACK,
         first=1,
         checked=checked,
-        grid=grid,
-        accumulator=int(limit * max(_sums(on.K_codes), _sums(on.A.codes))),
     )
+    accumulator = int(limit * max(_sums(on.K_codes), _sums(on.A.codes)))
+    return Plan(program, unit, iteration, accumulator)
 
 
 def _sums(codes: Integers) -> int:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from ..errors import OptionError
 from .fixedpoint import SLACK
-from .grid import Grid
 from .program import Program
 
-__all__ = ["Iterates", "Plan", "iterate_limit"]
+__all__ = ["Iterates", "Iteration", "Plan", "iterate_limit"]
 
 MOST_STEPS = 100_000
 UNCERTIFIED_STEPS = 100
@@ -32,25 +31,21 @@ class Iterates:
     headroom: float = 1.25
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A program but for its steps and head, with proved bounds in real units, all in the 2-norm.
+@dataclass(frozen=True)
+class Iteration:
+    """Proved bounds of an inexact fixed-point iteration in real units, all in the 2-norm, over all inputs.
 
-    ``contraction`` ρ of the exact step; ``step_error`` of the integer step; ``iterate_norm`` of any iterate that is
+    ``contraction`` ρ of the exact step; ``step_error`` ε of the computed one; ``iterate_norm`` of any iterate that is
     not reported as out of range; ``solution_norm`` of the fixed point; ``first``: products' worth of steps that the
     start already is; ``checked``: whether iterates may leave their range, which is then reported.
     """
 
-    program: Program
-    unit: float
     contraction: float
     step_error: float
     iterate_norm: float
     solution_norm: float
     first: int
     checked: bool
-    grid: Grid
-    accumulator: int
 
     @property
     def rounding(self) -> float:
@@ -96,3 +91,13 @@ class Plan:
             middle = (low + high) // 2
             low, high = (low, middle) if self.truncation(middle) <= allowed else (middle + 1, high)
         return max(low, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A program but for its steps and head, its unit, what is proved of its iteration, and its largest 32-bit sum."""
+
+    program: Program
+    unit: float
+    iteration: Iteration
+    accumulator: int

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import verified
 from ..certificates.wellposed import fresh_operator
 from ..layers.linear import affine64
 from ..layers.mondeq import MonDEQ
-from .affine import Affine
 from .boxes import Box, box_of, farthest, half_step
 from .fixedpoint import SLACK
 from .grid import Grid
-from .network import CodedLinear, Network
-from .plan import Plan
+from .network import Network
+from .plan import Iteration
 
 __all__ = ["Bounds", "Exact", "Reference", "equilibrium_bounds", "score_bound"]
 
@@ -81,15 +79,17 @@ def _norm(v: Tensor) -> float:
     return float(verified.row_norms(v[None])[0])
 
 
-def equilibrium_bounds(own: Exact, injection: CodedLinear, reference: Reference, plan: Plan, grid: Grid) -> Bounds:
+def equilibrium_bounds(
+    own: Exact, injection: tuple[Tensor, Tensor], reference: Reference, plan: Iteration, steps: int, grid: Grid
+) -> Bounds:
     """T3 over the box, in both of its forms, and what the grid of the inputs costs."""
     box, slip = box_of(grid)
     theirs = reference.exact
-    U, b = injection.weight.real(), injection.bias_real()
+    U, b = injection
     used = Exact(own.W, own.e_W, U, 0.0, b, 2 * verified.UNIT * _norm(b), own.margin)
     solution = min(used.solution(box), plan.solution_norm)
     if plan.checked:
-        solution = min(solution, (plan.iterate_norm + plan.rounding + plan.truncation(plan.program.steps)) * SLACK)
+        solution = min(solution, (plan.iterate_norm + plan.rounding + plan.truncation(steps)) * SLACK)
     delta_U, delta_b = U - theirs.U, b - theirs.b
     reach = _norm(box.center.abs() + box.half)
     forming = verified.UNIT * (verified.absolute_norm(delta_U) * reach + _norm(delta_b))
@@ -107,17 +107,15 @@ def equilibrium_bounds(own: Exact, injection: CodedLinear, reference: Reference,
     return Bounds(displacement, theirs.slip(half_step(grid) + slip), theirs.slip(slip), solution)
 
 
-def score_bound(
-    reference: Reference, head: CodedLinear, affine: Affine, unit: float, error: float, size: float
-) -> float:
+def score_bound(reference: Reference, head: tuple[Tensor, Tensor], lost: Tensor, error: float, size: float) -> float:
     """Upper bound over the classes of |score − the reference's|.
 
-    Ṽ ẑ + c̃ + r − (V z* + c) = V (ẑ − z*) + (Ṽ − V) ẑ + (c̃ − c) + r with ‖ẑ − z*‖ <= ``error``, ‖ẑ‖ <= ``size``.
+    Ṽ ẑ + c̃ + r − (V z* + c) = V (ẑ − z*) + (Ṽ − V) ẑ + (c̃ − c) + r, ‖ẑ − z*‖ <= ``error``, ‖ẑ‖ <= ``size``,
+    |r| <= ``lost (k,)``, ``head`` is (Ṽ, c̃).
     """
     assert reference.network.head is not None
     V, c, e_V, e_c = affine64(reference.network.head)
-    used, offset = head.weight.real(), head.bias_real()
+    used, offset = head
     rows, moved = verified.row_norms(V), verified.row_norms(used - V) * SLACK
-    lost = torch.from_numpy(affine.errors) * unit
     each = (rows + e_V) * error + (moved + e_V) * size + (offset - c).abs() + e_c + lost + 4 * verified.UNIT * c.abs()
     return float(each.max()) * SLACK
