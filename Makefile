@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint format types clean
+.PHONY: help setup demo test test-all test-mcu lint format types clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -41,6 +41,9 @@ test: lint types ## lint, types, and every test but the slow ones
 
 test-all: lint types ## the same with the slow tests and many more random examples
 	$(PYTEST) --hypothesis-profile=thorough $(PYTEST_ARGS)
+
+test-mcu: $(STAMP) ## exported networks on a Cortex-M in QEMU, bit for bit (needs arm-none-eabi-gcc, qemu-system-arm)
+	$(BIN)/python examples/mcu/run.py
 
 lint: $(STAMP) ## ruff, rules and format
 	$(BIN)/ruff check .
