@@ -21,28 +21,37 @@ SOURCE = ROOT / "src" / "equipoise"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "verified", "activations"),
-    ("parametrizations.monotone", "quantization.rounding", "quantization.codes", "quantization.schemes"),
-    ("operators.base", "operators.dense", "operators.quantized"),
+    (
+        "parametrizations.monotone",
+        "quantization.rounding",
+        "quantization.codes",
+        "quantization.schemes",
+        "quantization.straight_through",
+    ),
+    ("operators.base", "operators.dense", "operators.quantized", "operators.prepared"),
     (
         "solvers.loop",
         "solvers.picard",
         "solvers.forward_backward",
         "solvers.peaceman_rachford",
         "solvers.tseng",
+        "solvers.rounded",
         "solvers.accelerated",
         "solvers.anderson",
         "solvers.broyden",
         "solvers.posterior",
         "solvers.trial",
     ),
-    ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.mondeq", "layers.chain"),
+    ("implicit", "layers.arguments", "layers.cache", "layers.linear", "layers.memory", "layers.mondeq", "layers.chain"),
     (
         "quantize",
+        "qat",
         "certificates.printed",
         "certificates.types",
         "certificates.wellposed",
         "certificates.convergence",
         "certificates.displacement",
+        "certificates.iterates",
         "certificates.certify",
     ),
     (
@@ -55,6 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "_callbacks",
         "_lightning",
         "training",
+        "mixed",
         "ladder",
         "plan",
         "report",
@@ -62,6 +72,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "runtime",
         "bench",
         "demo",
+        "reproduce",
     ),
     # The package's own face, `equipoise/__init__.py`, is the empty name: it may show every room below
     # the command line, and only the command line may look at it.
@@ -69,7 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ROOMS: list[str] = [room for floor in FLOORS for room in floor]
 # Rooms that are packages with an inner order of their own; their modules may import each other.
-SUITES = {"_codecs", "report", "export", "bench", "cli"}
+SUITES = {"_codecs", "report", "export", "bench", "reproduce", "cli"}
 
 CORE = {"torch", "numpy", "safetensors", "rich"}
 # Heavy or optional libraries, and the only rooms that may import them.

@@ -34,6 +34,9 @@ RUNG_KEYS = [
     "displacement_mean",
     "displacement_bound_mean",
     "agreement",
+    "skew_bits",
+    "bias_bits",
+    "head_bits",
 ]
 GOOD = Findings(True, 1000, 0.2, accuracy=0.9, agreement=0.8, displacement=1.0)
 

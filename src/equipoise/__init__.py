@@ -7,7 +7,7 @@ from importlib.metadata import version as _version
 
 from . import runtime
 from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
-from .certificates import Certificate, certify, input_lipschitz, lipschitz, margin
+from .certificates import Certificate, IterateFloor, certify, input_lipschitz, iterate_floor, lipschitz, margin
 from .errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -25,6 +25,7 @@ from .export import export
 from .files import load, save
 from .importers import import_model
 from .layers import MonDEQ
+from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
 from .solvers import (
@@ -34,6 +35,7 @@ from .solvers import (
     ForwardBackward,
     PeacemanRachford,
     Picard,
+    Rounded,
     Solution,
     Solver,
     Tseng,
@@ -59,6 +61,7 @@ __all__ = [
     "ForwardBackward",
     "Hardtanh",
     "InputError",
+    "IterateFloor",
     "LeakyReLU",
     "MissingExtraError",
     "MonDEQ",
@@ -68,6 +71,7 @@ __all__ = [
     "PeacemanRachford",
     "Picard",
     "ReLU",
+    "Rounded",
     "Scheme",
     "Sigmoid",
     "SoftThreshold",
@@ -79,12 +83,15 @@ __all__ = [
     "Tanh",
     "Tseng",
     "certify",
+    "convert",
     "export",
     "import_model",
     "input_lipschitz",
+    "iterate_floor",
     "lipschitz",
     "load",
     "margin",
+    "prepare_qat",
     "quantize",
     "runtime",
     "save",

@@ -19,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +99,11 @@ class Activation(ABC):
         ends = shifted, shifted / alpha
         slack = torch.finfo(v.dtype).eps * (v.abs() + ends[1].abs() + 1) * 4
         return torch.minimum(*ends) - slack, torch.maximum(*ends) + slack
+
+    @cached_property
+    def fixes_zero(self) -> bool:
+        """Whether σ(0) = 0; then prox_{αf}(0) = 0 for every α, since both say that f is least at 0."""
+        return float(self(torch.zeros(1))) == 0
 
     def reflect(self, v: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
         """2 prox_{αf}(v) − v, into ``out`` where given (no gradient is recorded then)."""
@@ -264,6 +270,7 @@ class Linearized(Activation):
     prox_{αf}(v) = D v / (D + α (1 − D)). For ReLU, D is 0 or 1 and the reflection multiplies by ±1.
     """
 
+    fixes_zero = True  # whatever the slopes
     slopes: Tensor
     _gains: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 

@@ -21,6 +21,7 @@ from .activations import Activation, Linearized
 from .errors import ConvergenceError, ConvergenceWarning
 from .operators import MonotoneOperator
 from .solvers import Problem, Solver, Tuning, iterate
+from .solvers.loop import Habit
 
 __all__ = ["attach", "equilibrate", "report_failures"]
 
@@ -29,9 +30,14 @@ Solve = Callable[[Problem], Tensor]
 
 
 @torch.no_grad()
-def equilibrate(solver: Solver, tuning: Tuning, problem: Problem, tol: float) -> tuple[Tensor, Tensor]:
-    """(w ``(B, n)``, done ``(B,)``): equilibria to ``tol`` by the solver's own estimate."""
-    _, done, w = iterate(solver, problem, tuning, tol, "bound")
+def equilibrate(
+    solver: Solver, tuning: Tuning, problem: Problem, tol: float, habit: Habit | None = None
+) -> tuple[Tensor, Tensor]:
+    """(w ``(B, n)``, done ``(B,)``): equilibria to ``tol`` by the solver's own estimate; a ``habit`` is heeded and
+    told how long it took."""
+    steps, done, w = iterate(solver, problem, tuning, tol, "bound", habit=habit)
+    if habit is not None:
+        habit.learn(int(steps.max()))
     return w, done
 
 

@@ -11,21 +11,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ._atomic import replacing
 from .certificates import Certificate
 from .errors import OptionError
+from .mixed import Parts
 
-__all__ = ["Evidence", "Findings", "Ladder", "Requirements", "Rung", "Subject", "choose"]
+__all__ = ["Evidence", "Findings", "Goal", "Ladder", "Requirements", "Rung", "Subject", "choose"]
+
+Goal = Literal["size", "displacement"]
+"""What the chosen version has least of: bytes, or the mean of the proved displacements."""
 
 
 @dataclass(frozen=True)
 class Rung:
     """One quantized version, in figures that go into ``ladder.json``; what does not apply is None.
 
+    ``bits`` are those of the recurrent weights (of A in a structured version), ``skew_bits`` of K, where it has its
+    own; ``input_bits`` of U, ``bias_bits`` of b, ``head_bits`` of the head: None for floats.
     ``margin``, ``rate`` and ``steps`` (until the distance to the equilibrium has shrunk by 1e-6) are proved and
     hold for every input; ``displacement_bound_mean`` and ``agreement`` are proved input by input, over the test
     split; ``accuracy`` and ``displacement_mean`` are measured there.
@@ -43,18 +49,32 @@ class Rung:
     displacement_mean: float | None
     displacement_bound_mean: float | None
     agreement: float | None
+    skew_bits: int | None = None
+    bias_bits: int | None = None
+    head_bits: int | None = None
 
     @property
     def certified(self) -> bool:
         """Whether a positive margin is proved."""
         return self.verdict == "certified"
 
+    @property
+    def mixed(self) -> bool:
+        """Whether its parts have bits of their own."""
+        return any(bits is not None for bits in (self.skew_bits, self.bias_bits, self.head_bits))
+
+    @property
+    def parts(self) -> Parts:
+        """Bits of A, K, U, b and the head of a structured version."""
+        skew_bits = self.bits if self.skew_bits is None else self.skew_bits
+        return Parts(self.bits, skew_bits, self.input_bits, self.bias_bits, self.head_bits)
+
 
 @dataclass(frozen=True)
 class Findings:
     """What a rung is chosen by: ``accuracy``, ``agreement`` and ``displacement`` of the validation split.
 
-    ``displacement`` is the *largest* proved bound of ‖z* − z̃*‖₂ over its samples.
+    ``displacement`` is the *largest* proved bound of ‖z* − z̃*‖₂ over its samples, ``displacement_mean`` their mean.
     """
 
     certified: bool
@@ -63,6 +83,7 @@ class Findings:
     accuracy: float | None
     agreement: float | None
     displacement: float | None
+    displacement_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +186,8 @@ class Subject:
 class Ladder:
     """All rungs, the index of the chosen one (None: none keeps what was asked), and what was asked.
 
-    ``evidence`` has one entry per rung; ``notes`` say which versions could not be made, and why.
+    ``evidence`` has one entry per rung; ``notes`` say which versions could not be made, and why. ``goal``: what the
+    chosen one has least of.
     """
 
     rungs: tuple[Rung, ...]
@@ -174,6 +196,7 @@ class Ladder:
     evidence: tuple[Evidence, ...] = ()
     subject: Subject | None = None
     notes: tuple[str, ...] = ()
+    goal: Goal = "size"
 
     def to_dict(self) -> dict[str, Any]:
         """``{"rungs": [{…}], "chosen": index or None, "requirements": {…}}``, as in ``ladder.json``."""
@@ -189,7 +212,14 @@ class Ladder:
             file.write(json.dumps(self.to_dict(), indent=2, allow_nan=False).encode() + b"\n")
 
 
-def choose(findings: Sequence[Findings], requirements: Requirements) -> int | None:
-    """The index of the smallest certified version that keeps every requirement; of equals, the larger margin."""
+def choose(findings: Sequence[Findings], requirements: Requirements, goal: Goal = "size") -> int | None:
+    """The index of the certified version that keeps every requirement and is the smallest, or, for the goal
+    ``"displacement"``, is proved to move least in the mean; of equals, the smaller and then the larger margin."""
     kept = [i for i, found in enumerate(findings) if not requirements.unmet(found)]
-    return min(kept, key=lambda i: (findings[i].size_bytes, -(findings[i].margin or 0.0)), default=None)
+
+    def rank(i: int) -> tuple[float, int, float]:
+        found = findings[i]
+        moved = 0.0 if goal == "size" else found.displacement_mean
+        return math.inf if moved is None else moved, found.size_bytes, -(found.margin or 0.0)
+
+    return min(kept, key=rank, default=None)

@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .certificates import Certifier, certify
+from .certificates import Certificate, Certifier, certify
 from .data import Data, Split
 from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError
-from .ladder import Evidence, Findings, Ladder, Requirements, Rung, Subject, choose
+from .ladder import Evidence, Findings, Goal, Ladder, Requirements, Rung, Subject, choose
 from .layers.chain import chain
-from .quantization.schemes import SCHEMES, Scheme, scheme_from_dict
+from .mixed import Menu, Parts, Trial, assign, check_budget, measure, parts_of, scheme_of
+from .quantization.schemes import SCHEMES, Scheme, Structured, scheme_from_dict
 from .quantize import quantize, size
 
 __all__ = ["build_ladder", "check_fits"]
@@ -37,13 +38,21 @@ def build_ladder(
     requirements: Requirements = Requirements(),
     input_bits: int | None = None,
     progress: Progress | None = None,
+    mixed: bool = False,
 ) -> Ladder:
     """Quantize ``model`` with every scheme at every number of bits, certify each version, choose one.
 
     A version that a scheme cannot make (no margin to start from, or none within reach) is left out and noted.
 
+    ``mixed`` adds structured rungs whose parts A, K, U, b and head have bits of their own, out of ``bits`` and
+    floats: the best one within ``max_bytes``, or, where no size is asked for, within the size of each version
+    with bits that are all alike. On the validation split none of them is proved to move further, in the mean, than
+    such a version within the same size. With a ``max_bytes`` the version that is proved to move least is then
+    chosen, not the smallest.
+
     Raises:
-        OptionError: unknown scheme, bits out of range, nothing to build.
+        OptionError: unknown scheme, bits out of range, nothing to build; ``mixed`` without the structured scheme,
+            or a ``max_bytes`` that no assignment of bits fits in.
         InputError: a model that does not take the features of ``data``; an accuracy asked of a model that ends
             in something other than its classes.
         StructureError: a model that cannot be quantized.
@@ -56,32 +65,88 @@ def build_ladder(
             f"the model ends in {_outputs(model)} outputs, {data.name} has {data.class_count} classes: it has"
             " no accuracy to ask for; leave min_accuracy out"
         )
+    goal: Goal = "displacement" if mixed and requirements.max_bytes is not None else "size"
+    build = _Builder(model, data, classifies, requirements, goal)
     tell = progress or (lambda done, total, text: None)
-    total = len(wanted) + 1
+    total = len(wanted) + 1 + mixed
     tell(0, total, "float model")
+    menu = build.menu([s.bits for s in wanted if isinstance(s, Structured)], input_bits) if mixed else None
     subject = _subject(model, data, classifies)
-    held_out, tested = _placed(data.validation, model), _placed(data.test, model)
-    judges = Certifier(model, held_out.x), Certifier(model, tested.x)
-    rungs: list[Rung] = []
-    evidence: list[Evidence] = []
-    notes: list[str] = []
-    chosen = None
     for done, scheme in enumerate(wanted, start=1):
-        label = f"{scheme.name}, {scheme.bits} bit{'s' if scheme.bits > 1 else ''}"
-        tell(done, total, label)
-        try:
-            small = quantize(model, scheme)
-        except NotWellPosedError as error:
-            notes.append(f"{label}: not made; {error}")
-            continue
-        rung, proof = _climb(small, scheme, judges, (held_out, tested), classifies)
-        rungs.append(rung)
-        evidence.append(proof)
-        chosen = choose([proof.findings for proof in evidence], requirements)
-        # Large models are many: only one that may still be chosen is kept.
-        evidence = [e if i == chosen else dataclasses.replace(e, model=None) for i, e in enumerate(evidence)]
+        tell(done, total, _label(scheme))
+        build.climb(scheme)
+    if menu is not None:
+        build.mix(menu, lambda text: tell(total - 1, total, text))
     tell(total, total, "done")
-    return Ladder(tuple(rungs), chosen, requirements, tuple(evidence), subject, tuple(notes))
+    return Ladder(
+        tuple(build.rungs), build.chosen, requirements, tuple(build.evidence), subject, tuple(build.notes), goal
+    )
+
+
+class _Builder:
+    """A ladder as it grows: every rung certified against the float model on both splits, the best one kept."""
+
+    def __init__(self, model: nn.Module, data: Data, classifies: bool, requirements: Requirements, goal: Goal) -> None:
+        self.model, self.classifies, self.requirements, self.goal = model, classifies, requirements, goal
+        self.splits = _placed(data.validation, model), _placed(data.test, model)
+        self.judges = Certifier(model, self.splits[0].x), Certifier(model, self.splits[1].x)
+        self.rungs: list[Rung] = []
+        self.evidence: list[Evidence] = []
+        self.notes: list[str] = []
+        self.chosen: int | None = None
+        self._trials: dict[Parts, Trial] = {}
+
+    def climb(self, scheme: Scheme) -> None:
+        """Add the rung of ``scheme``, or a note where it cannot be made."""
+        try:
+            small = quantize(self.model, scheme)
+        except NotWellPosedError as error:
+            self.notes.append(f"{_label(scheme)}: not made; {error}")
+            return
+        rung, proof = _climb(small, scheme, self.judges, self.splits, self.classifies)
+        self.rungs.append(rung)
+        self.evidence.append(proof)
+        if isinstance(scheme, Structured):
+            self._trials[parts_of(scheme)] = Trial(rung.size_bytes, _or_infinite(proof.findings.displacement_mean))
+        found = [evidence.findings for evidence in self.evidence]
+        self.chosen = choose(found, self.requirements, self.goal)
+        # Large models are many: only one that may still be chosen is kept.
+        for i, evidence in enumerate(self.evidence):
+            self.evidence[i] = evidence if i == self.chosen else dataclasses.replace(evidence, model=None)
+
+    def menu(self, widths: Sequence[int], input_bits: int | None) -> Menu | None:
+        """What mixed precision may choose from; None, and a note, where there is no margin to keep."""
+        if not widths:
+            raise OptionError("mixed precision is that of the structured scheme: name it among the schemes")
+        try:
+            menu = measure(self.model, self.splits[0].x, widths, input_bits)
+        except NotWellPosedError as error:
+            self.notes.append(f"structured, mixed: not made; {error}")
+            return None
+        if self.requirements.max_bytes is not None:
+            check_budget(menu, self.requirements.max_bytes)
+        return menu
+
+    def mix(self, menu: Menu, tell: Callable[[str], None]) -> None:
+        """Add the best assignment of bits within the byte budget, or within the size of each uniform one."""
+
+        def judge(parts: Parts) -> Trial:
+            if parts not in self._trials:
+                tell(f"structured, {parts}")
+                small = quantize(self.model, scheme_of(parts))
+                moved = _reduced(_proved(self.judges[0], small).displacement, "mean")
+                self._trials[parts] = Trial(size(small), _or_infinite(moved))
+            return self._trials[parts]
+
+        even = menu.uniform()
+        most = self.requirements.max_bytes
+        budgets = [menu.size(parts) for parts in even] if most is None else [most]
+        known = {rung.parts for rung in self.rungs if rung.scheme == "structured"}
+        fresh = [p for p in dict.fromkeys(assign(menu, budgets, even, judge).values()) if p not in known]
+        for parts in fresh:
+            self.climb(scheme_of(parts))
+        if not fresh:
+            self.notes.append("structured, mixed: not made; none is proved to move less than bits that are all alike")
 
 
 def check_fits(model: nn.Module, data: Data) -> None:
@@ -132,13 +197,19 @@ def _climb(
     classifies: bool,
 ) -> tuple[Rung, Evidence]:
     """The rung of one quantized model, and what is behind it."""
+    first, last = (_proved(judge, small) for judge in judges)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the verdict tells
-        first, last = (judge(small) for judge in judges)
         accuracies = [_accuracy(small, split) if classifies else None for split in splits]
     bytes_, margin = size(small), _finite(last.margin)
     findings = Findings(
-        first.certified, bytes_, margin, accuracies[0], first.agreement, _reduced(first.displacement, "max")
+        first.certified,
+        bytes_,
+        margin,
+        accuracies[0],
+        first.agreement,
+        displacement=_reduced(first.displacement, "max"),
+        displacement_mean=_reduced(first.displacement, "mean"),
     )
     rung = Rung(
         scheme.name,
@@ -153,8 +224,23 @@ def _climb(
         displacement_mean=_reduced(last.actual_displacement, "mean"),
         displacement_bound_mean=_reduced(last.displacement, "mean"),
         agreement=_finite(last.agreement),
+        skew_bits=scheme.skew_bits if isinstance(scheme, Structured) else None,
+        bias_bits=scheme.bias_bits,
+        head_bits=scheme.head_bits,
     )
     return rung, Evidence(small, last, findings)
+
+
+def _proved(judge: Certifier, small: nn.Module) -> Certificate:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the verdict tells
+        return judge(small)
+
+
+def _label(scheme: Scheme) -> str:
+    if isinstance(scheme, Structured) and scheme.skew_bits is not None:
+        return f"structured, {parts_of(scheme)}"
+    return f"{scheme.name}, {scheme.bits} bit{'s' if scheme.bits > 1 else ''}"
 
 
 def _subject(model: nn.Module, data: Data, classifies: bool) -> Subject:
@@ -190,6 +276,10 @@ def _accuracy(model: nn.Module, split: Split) -> float | None:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _reduced(values: Tensor | None, how: str) -> float | None:

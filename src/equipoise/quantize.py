@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from .operators import QuantizedWeight, quantize_weight
 from .quantization.codes import QuantizedSkew, QuantizedTensor
 from .quantization.schemes import Scheme
 
-__all__ = ["quantize", "size"]
+__all__ = ["check_scheme", "quantize", "replace_head", "size"]
 
 
 def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
@@ -28,15 +29,9 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
             model that does not end in one linear module.
         NotWellPosedError: a scheme that needs a margin, on weights that have none.
     """
-    if not isinstance(scheme, Scheme):
-        raise OptionError(f"scheme is {scheme!r}; give one such as equipoise.Structured(bits=2)")
+    check_scheme(scheme)
     result = copy.deepcopy(model)
-    layers, head = equilibrium_layers(result), final_head(result)
-    if scheme.head_bits is not None and head is None:
-        raise StructureError(
-            f"head_bits is {scheme.head_bits}, but no single linear module follows the last equilibrium layer and ends "
-            "the model; leave head_bits out"
-        )
+    layers = equilibrium_layers(result)
     for name, layer in {id(layer): (name, layer) for name, layer in layers}.values():  # one may appear twice
         if isinstance(layer.recurrent, QuantizedWeight) or isinstance(layer.injection, QuantizedLinear):
             raise StructureError(f"layer {name!r} is quantized already; quantize the float model it came from")
@@ -44,13 +39,31 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
         layer.recurrent = quantize_weight(layer.recurrent, scheme).to(layer.injection.weight.device)
         layer.injection = quantize_linear(layer.injection, scheme, scheme.input_bits, scheme.bias_bits)
         layer.scheme = scheme
-    if scheme.head_bits is not None and head is not None:
-        parent, _, leaf = head.rpartition(".")
-        module = result.get_submodule(head)
-        if not isinstance(module, nn.Linear):
-            raise StructureError(f"the head {head!r} is quantized already; quantize the float model it came from")
-        setattr(result.get_submodule(parent), leaf, quantize_linear(module, scheme, scheme.head_bits, None))
+    replace_head(result, scheme, lambda head: quantize_linear(head, scheme, scheme.head_bits, None))
     return result
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """Raise :class:`OptionError` unless it is one."""
+    if not isinstance(scheme, Scheme):
+        raise OptionError(f"scheme is {scheme!r}; give one such as equipoise.Structured(bits=2)")
+
+
+def replace_head(model: nn.Module, scheme: Scheme, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put ``make(head)`` in the place of the linear module that ends ``model``, where ``scheme`` has bits for it."""
+    if scheme.head_bits is None:
+        return
+    head = final_head(model, prepared=True)
+    if head is None:
+        raise StructureError(
+            f"head_bits is {scheme.head_bits}, but no single linear module follows the last equilibrium layer and ends "
+            "the model; leave head_bits out"
+        )
+    parent, _, leaf = head.rpartition(".")
+    module = model.get_submodule(head)
+    if not isinstance(module, nn.Linear):
+        raise StructureError(f"the head {head!r} is quantized already; quantize the float model it came from")
+    setattr(model.get_submodule(parent), leaf, make(module))
 
 
 def size(model: nn.Module) -> int:

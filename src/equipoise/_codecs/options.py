@@ -8,7 +8,7 @@ from typing import Any
 from ..activations import ACTIVATIONS, Activation, activation_from_dict
 from ..errors import FileFormatError, StructureError
 from ..quantization import SCHEMES, Scheme, scheme_from_dict, scheme_to_dict
-from ..solvers import SOLVERS, Solver
+from ..solvers import SOLVERS, Rounded, Solver
 from .tensors import Fields, plain
 
 __all__ = [
@@ -19,6 +19,9 @@ __all__ = [
     "write_scheme",
     "write_solver",
 ]
+
+STORED: dict[str, type[Solver]] = {**SOLVERS, "Rounded": Rounded}
+"""Every solver a file can hold: those that need no options, and the one that does."""
 
 
 def write_activation(activation: Activation, where: str) -> dict[str, Any]:
@@ -35,8 +38,8 @@ def read_activation(fields: Fields) -> Activation:
 
 
 def write_solver(solver: Solver, where: str) -> dict[str, Any]:
-    if type(solver) not in SOLVERS.values():
-        raise StructureError(f"the solver {solver!r}{where} cannot be saved; known: {', '.join(SOLVERS)}")
+    if type(solver) not in STORED.values():
+        raise StructureError(f"the solver {solver!r}{where} cannot be saved; known: {', '.join(STORED)}")
     values = ((field.name, getattr(solver, field.name)) for field in dataclasses.fields(solver))
     options = {
         key: write_solver(value, where) if isinstance(value, Solver) else plain(value, where) for key, value in values
@@ -46,16 +49,19 @@ def write_solver(solver: Solver, where: str) -> dict[str, Any]:
 
 def read_solver(fields: Fields) -> Solver:
     name = fields.take("name", str)
-    if name not in SOLVERS:
-        raise FileFormatError(f"{fields.where}: unknown solver {name!r}; known: {', '.join(SOLVERS)}")
+    if name not in STORED:
+        raise FileFormatError(f"{fields.where}: unknown solver {name!r}; known: {', '.join(STORED)}")
     on = {"on": read_solver(fields.fields("on"))} if fields.holds("on", dict) else {}
     numbers = fields.options()
-    if unknown := {*numbers, *on} - {field.name for field in dataclasses.fields(SOLVERS[name])}:
+    known = dataclasses.fields(STORED[name])
+    if missing := {f.name for f in known if f.default is dataclasses.MISSING} - {*numbers, *on}:
+        raise FileFormatError(f"{fields.where}: {name} needs {', '.join(sorted(missing))}")
+    if unknown := {*numbers, *on} - {field.name for field in known}:
         raise FileFormatError(f"{fields.where}: {name} has no option {', '.join(map(ascii, sorted(unknown)))}")
     if numbers.get("on") is not None or any(type(v) not in (int, float, type(None)) for v in numbers.values()):
         raise FileFormatError(f"{fields.where}: {name} takes numbers, and on a solver; got {numbers}")
     options: dict[str, Any] = {**numbers, **on}
-    return SOLVERS[name](**options)
+    return STORED[name](**options)
 
 
 def write_scheme(scheme: Scheme | None, where: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from ..errors import DataNotFoundError, InputError, MissingExtraError
 from ..importers import import_model
 from ..layers import MonDEQ
 
-__all__ = ["BATCH", "Network", "checkpoint_network", "images", "stepper", "trained_network"]
+__all__ = ["BATCH", "CLASSES", "FEATURES", "Network", "checkpoint_network", "images", "stepper", "trained_network"]
 
 SIDE = 28
 FEATURES, RANK, CLASSES = 100, 25, 10
@@ -85,9 +85,9 @@ def _enlarged(data: Data) -> Data:
     )
 
 
-def stepper(model: nn.Module, rate: float = 1e-3) -> Callable[[Tensor, Tensor], None]:
-    """One training step as everybody writes it: forward, backward, fused Adam."""
-    optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)
+def stepper(model: nn.Module, rate: float = 1e-3, decay: float = 0.0) -> Callable[[Tensor, Tensor], None]:
+    """One training step as everybody writes it: forward, backward, fused Adam (with ``decay``, AdamW)."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
@@ -97,13 +97,13 @@ def stepper(model: nn.Module, rate: float = 1e-3) -> Callable[[Tensor, Tensor], 
     return step
 
 
-def trained_network(data: Data, steps: int, seed: int = 0) -> Network:
+def trained_network(data: Data, steps: int, seed: int = 0, margin: float = 0.3, decay: float = 0.0) -> Network:
     """A monDEQ 784–100–10 as [LLC26] has it (r = 25, m learned) after a moment of training, so that W is not random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = MonDEQ(data.features, FEATURES, rank=RANK, margin=0.3, learn_margin=True, tol=1e-2)
+        layer = MonDEQ(data.features, FEATURES, rank=RANK, margin=margin, learn_margin=True, tol=1e-2)
         model = nn.Sequential(layer, nn.Linear(FEATURES, CLASSES))
-    step, done, epoch = stepper(model, 3e-3), 0, 0
+    step, done, epoch = stepper(model, 3e-3, decay), 0, 0
     batches = Batches(data.train, BATCH, shuffle=True, seed=seed)
     while done < steps:
         batches.set_epoch(epoch)

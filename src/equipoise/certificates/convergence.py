@@ -18,7 +18,7 @@ from ..solvers import (
     Tseng,
 )
 
-__all__ = ["closed_rates", "inexact_factor", "solver_rate", "steps_for"]
+__all__ = ["closed_rates", "geometric_sum", "inexact_factor", "solver_rate", "steps_for"]
 
 SLACK = 1 + 2.0**-45
 """Covers the dozen roundings of a closed formula."""
@@ -91,3 +91,20 @@ def steps_for(rate: float | None, tol: float) -> int | None:
 def inexact_factor(rate: float | None) -> float | None:
     """1/(1 − ρ): steps with errors of at most ε end within ε times this of the equilibrium (C2 [LLC26])."""
     return None if rate is None else verified.up(1 / verified.down(1 - rate))
+
+
+def geometric_sum(rate: float, decay: float, steps: int) -> float:
+    """An upper bound of Σ_{j<k} ρ^{k−1−j} γʲ = (ρᵏ − γᵏ)/(ρ − γ), k ρ^{k−1} where they agree (C2, adaptive grids).
+
+    ``rate`` ρ and ``decay`` γ in [0, 1], k = ``steps`` >= 1. As b^{k−1} (1 − tᵏ)/(1 − t), b the larger and t the ratio,
+    nothing cancels: 1 − t = (b − a)/b is formed from the difference.
+    """
+    low, high = sorted((rate, decay))
+    if high == 0 or steps == 1:
+        return 0.0 if steps > 1 else 1.0
+    short = (high - low) / high
+    if short in (0, 1):
+        total = float(steps) if short == 0 else 1.0
+    else:
+        total = -math.expm1(steps * math.log1p(-short)) / short
+    return high ** (steps - 1) * total * (1 + 1e-12)

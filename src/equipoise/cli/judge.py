@@ -100,6 +100,10 @@ def plan(
         typer.Option(help="Every validation input is proved to move by at most this.", show_default=False),
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Packed size.", show_default=False)] = None,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed", help="Choose bits part by part as well: A, K, U, b, head of a structured version."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the ladder here, as JSON.", show_default=False)] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write a report here, as one HTML page.", show_default=False)
@@ -111,7 +115,8 @@ def plan(
 ) -> int:
     """Print the ladder of schemes and bits; choose the smallest rung that meets every requirement.
 
-    Chosen on the validation split, reported on the test split. Exit status 1 where no rung meets all.
+    Chosen on the validation split, reported on the test split. Exit status 1 where no rung meets all. With --mixed
+    and --max-bytes the rung that is proved to move least within those bytes is chosen instead of the smallest.
     """
     from .._atomic import check_output
     from ..data import load_data
@@ -129,7 +134,7 @@ def plan(
             check_output(path, force)
     model, loaded = load(file), load_data(data, data_dir)
     with waiting("quantizing and certifying") as progress:
-        ladder = build_ladder(model, loaded, names, widths, asked, input_bits, progress)
+        ladder = build_ladder(model, loaded, names, widths, asked, input_bits, progress, mixed)
     _write(ladder, out, report, save, force, f"{file.name} on {data}")
     if as_json:
         say_json(ladder.to_dict())

@@ -1,6 +1,6 @@
 """Equilibrium layers as ordinary ``torch.nn.Module``s."""
 
-from .linear import QuantizedLinear
+from .linear import PreparedLinear, QuantizedLinear
 from .mondeq import MonDEQ
 
-__all__ = ["MonDEQ", "QuantizedLinear"]
+__all__ = ["MonDEQ", "PreparedLinear", "QuantizedLinear"]

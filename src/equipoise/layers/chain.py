@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import StructureError
-from .linear import QuantizedLinear
+from ..operators import PreparedWeight
+from .linear import PreparedLinear, QuantizedLinear
 from .mondeq import MonDEQ
 
-__all__ = ["EQUILIBRIUM", "LIPSCHITZ_ONE", "chain", "equilibrium_layers", "final_head"]
+__all__ = ["EQUILIBRIUM", "LIPSCHITZ_ONE", "chain", "equilibrium_layers", "final_head", "is_prepared"]
 
 EQUILIBRIUM = (MonDEQ,)
 """Equilibrium layers: a new kind registers here."""
@@ -26,26 +27,44 @@ LIPSCHITZ_ONE = (
 """Modules without weights that are 1-Lipschitz in the 2-norm when evaluated."""
 
 
-def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def chain(model: nn.Module, prepared: bool = False) -> list[tuple[str, nn.Module]]:
     """The modules of ``model`` in order, with their names; nested ``nn.Sequential`` are opened.
 
     Raises:
         StructureError: a module that is neither an equilibrium layer, linear, nor a known activation, or that
-            computes something else than its kind does: a ``forward`` of its own, or hooks.
+            computes something else than its kind does: a ``forward`` of its own, or hooks; and, unless
+            ``prepared``, one that is being trained for quantization.
     """
+    found = _opened(model)
+    waiting = None if prepared else next((name for name, module in found if is_prepared(module)), None)
+    if waiting is not None:
+        where = f"module {waiting!r}" if waiting else "the layer"
+        raise StructureError(f"{where} is prepared for training with quantization; equipoise.convert it first")
+    return found
+
+
+def is_prepared(module: nn.Module) -> bool:
+    """Whether ``module`` itself rounds its weights in every forward pass."""
+    return isinstance(module, PreparedLinear) or (
+        isinstance(module, EQUILIBRIUM)
+        and (isinstance(module.recurrent, PreparedWeight) or isinstance(module.injection, PreparedLinear))
+    )
+
+
+def _opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if isinstance(model, nn.Sequential):
         _check_plain(model, nn.Sequential, "")
         found = []
         for name, child in model._modules.items():  # named_children() leaves out a module that appears twice
             assert child is not None
-            inner = chain(child) if isinstance(child, nn.Sequential) else [("", _known(child, name))]
+            inner = _opened(child) if isinstance(child, nn.Sequential) else [("", _known(child, name))]
             found += [(f"{name}.{rest}" if rest else name, module) for rest, module in inner]
         return found
     return [("", _known(model, ""))]
 
 
 def _known(module: nn.Module, name: str) -> nn.Module:
-    for kind in (*EQUILIBRIUM, nn.Linear, QuantizedLinear, *LIPSCHITZ_ONE):
+    for kind in (*EQUILIBRIUM, nn.Linear, QuantizedLinear, PreparedLinear, *LIPSCHITZ_ONE):
         if isinstance(module, kind):
             _check_plain(module, kind, name)
             return module
@@ -70,23 +89,23 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
         )
 
 
-def equilibrium_layers(model: nn.Module) -> list[tuple[str, MonDEQ]]:
+def equilibrium_layers(model: nn.Module, prepared: bool = False) -> list[tuple[str, MonDEQ]]:
     """The equilibrium layers of ``model`` in order; raises :class:`StructureError` where there is none."""
-    found = [(name, module) for name, module in chain(model) if isinstance(module, EQUILIBRIUM)]
+    found = [(name, module) for name, module in chain(model, prepared) if isinstance(module, EQUILIBRIUM)]
     if not found:
         raise StructureError(f"{type(model).__name__} has no equilibrium layer; nothing to quantize or certify")
     return found
 
 
-def final_head(model: nn.Module) -> str | None:
+def final_head(model: nn.Module, prepared: bool = False) -> str | None:
     """The name of the one linear module that follows the last equilibrium layer and ends the model, if so."""
-    modules = chain(model)
+    modules = chain(model, prepared)
     last = max((i for i, (_, module) in enumerate(modules) if isinstance(module, EQUILIBRIUM)), default=-1)
     rest = [
         (name, module)
         for name, module in modules[last + 1 :]
         if not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout))
     ]
-    if len(rest) == 1 and isinstance(rest[0][1], (nn.Linear, QuantizedLinear)):
+    if len(rest) == 1 and isinstance(rest[0][1], (nn.Linear, QuantizedLinear, PreparedLinear)):
         return rest[0][0]
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .. import verified
 from ..activations import Activation, ReLU, as_activation
 from ..errors import InputError, NotWellPosedError, OptionError
 from ..implicit import attach, equilibrate, report_failures
-from ..operators import DenseOperator, QuantizedWeight
+from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
 from ..operators.base import product_rounding
 from ..parametrizations import Dense, Monotone
 from ..quantization.schemes import Scheme
@@ -20,19 +21,13 @@ from ..solvers import PeacemanRachford, Problem, Solution, Solver, Tuning, solve
 from ..solvers.loop import Stop
 from .arguments import check_finite, check_solver, check_tensors, check_tol, reached, refuse
 from .cache import Derived, keeping
-from .linear import QuantizedLinear, affine64
+from .linear import PreparedLinear, QuantizedLinear, affine, affine64, anchor
+from .memory import Memory
 
 __all__ = ["MonDEQ"]
 
-REFRESH = 50, 800
-"""In training the solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move
-less and less, and a search costs as much as some twenty steps of training."""
-
 NEAR = 1e-3
 """A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
-
-DRIFT = 0.3
-"""It is searched for at once where the weights moved by this part of their norm since."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -50,7 +45,8 @@ class MonDEQ(nn.Module):
         activation: a proximal map, or its name.
         solver: default Peaceman–Rachford with the best step.
         tol: relative tolerance of ``forward``; default 1e-5 in float32, 1e-12 in float64.
-        backward_tol: the same for gradients; default ``tol``.
+        backward_tol: the same for gradients; default that of ``forward``.
+        training_tol: of ``forward`` in training mode; default ``tol``. 1e-2 gives gradients right to about as much.
         strict: raise :class:`ConvergenceError` where a solve fails, instead of warning.
 
     Of a quantized layer ``scheme`` is the scheme it was quantized by, else None.
@@ -73,6 +69,7 @@ class MonDEQ(nn.Module):
         solver: Solver = PeacemanRachford(),
         tol: float | None = None,
         backward_tol: float | None = None,
+        training_tol: float | None = None,
         strict: bool = False,
     ) -> None:
         super().__init__()
@@ -85,10 +82,11 @@ class MonDEQ(nn.Module):
         self.activation, self.solver = as_activation(activation), check_solver(solver)
         self.tol = None if tol is None else check_tol(tol)
         self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
+        self.training_tol = None if training_tol is None else check_tol(training_tol)
         self.strict = strict
         self.scheme: Scheme | None = None
         self._derived, self._derived_injection = Derived(), Derived()
-        self._tunings: dict[Solver, _Tuned] = {}
+        self.training_memory: Memory | None = None  # of the last steps; no part of the state
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, **options: Any) -> MonDEQ:
@@ -147,9 +145,9 @@ class MonDEQ(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W ``(n, n)``; of a quantized layer dequantized, read-only."""
-        if isinstance(self.recurrent, QuantizedWeight):
+        if isinstance(self.recurrent, (QuantizedWeight, PreparedWeight)):
             return self.operator.weight
-        with torch.autocast(self.bias.device.type, enabled=False):
+        with torch.autocast(anchor(self.injection).device.type, enabled=False):
             W: Tensor = self.recurrent()
         return W
 
@@ -164,12 +162,9 @@ class MonDEQ(nn.Module):
         return self._affine()[1]
 
     def _affine(self) -> tuple[Tensor, Tensor]:
-        if isinstance(self.injection, QuantizedLinear):
-            weight, bias = self.injection.dense()
-            assert bias is not None
-            return weight, bias
-        assert isinstance(self.injection, nn.Linear)
-        return self.injection.weight, self.injection.bias
+        weight, bias = affine(self.injection)
+        assert bias is not None
+        return weight, bias
 
     @property
     def operator(self) -> DenseOperator:
@@ -178,14 +173,20 @@ class MonDEQ(nn.Module):
             return self._operator(self._derived.of(self.recurrent))
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
-        if isinstance(self.recurrent, QuantizedWeight):
-            like = self._affine()[1]
-            if ("operator", like.dtype, like.device) not in kept:
-                kept["operator", like.dtype, like.device] = self.recurrent.operator(like)
-            operator: DenseOperator = kept["operator", like.dtype, like.device]
+        trained = self._trains()
+        constants = kept.setdefault(("constants", self._own_stage()), {})
+        if isinstance(self.recurrent, PreparedWeight) and trained:
+            return self.recurrent.operator(constants)
+        if isinstance(self.recurrent, (QuantizedWeight, PreparedWeight)):
+            like = anchor(self.injection)
+            key = "operator", like.dtype, like.device
+            if key not in kept:
+                weights = self.recurrent
+                codes = weights.quantized() if isinstance(weights, PreparedWeight) else weights
+                kept[key] = codes.operator(like)
+            operator: DenseOperator = kept[key]
             return operator
-        constants = kept.setdefault("constants", {})
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters()):
+        if trained:
             return DenseOperator(self.recurrent(), derived=constants)
         if "weight" not in kept:
             kept["weight"] = self.recurrent().detach()
@@ -206,19 +207,22 @@ class MonDEQ(nn.Module):
             if not len(q):
                 return self.activation(q)
             operator, tuning = self._prepare(self.solver)
-            tol = self.tol if self.tol is not None else TOLERANCE[q.dtype]
+            tol = self._tolerance(q.dtype)
             problem = Problem(operator, q.detach(), self.activation)
-            w, done = equilibrate(self.solver, tuning, problem, tol)
-            if not bool(done.all()) and self._tunings[self.solver].age > 1:
+            memory = self.training_memory if self.training and self._trains() else None
+            w, done = equilibrate(self.solver, tuning, problem, tol, memory.forward if memory else None)
+            if not bool(done.all()) and memory is not None and memory.age > 1:
                 tuning = self._retune(self.solver, operator)  # the step may be stale rather than the problem hard
                 w, done = equilibrate(self.solver, tuning, problem, tol)
             report_failures(done, w, self.strict, "forward")
+            if self.training_memory is not None and self.training and self._trains():
+                self.training_memory.keep(operator)
             if not (q.requires_grad or any(t.requires_grad for t in operator.tensors())):
                 return self.activation(operator.apply(w).add_(q))
             back_tol = tol if self.backward_tol is None else self.backward_tol
 
             def back(adjoint: Problem) -> Tensor:
-                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol)
+                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol, memory.backward if memory else None)
                 report_failures(settled, y, self.strict, "backward")
                 return y
 
@@ -306,12 +310,12 @@ class MonDEQ(nn.Module):
             )
         if not x.is_floating_point():
             raise InputError(f"the input is {x.dtype}; floating point is needed: x.float(), scaled as in training")
-        like = self._affine()[1]
+        like = anchor(self.injection)
         if like.dtype not in TOLERANCE:
             raise InputError(f"the layer is {like.dtype}; it solves in float32 or float64 (autocast is fine)")
         q: Tensor = self.injection(x.to(like.dtype))
         # One number tells of any NaN or infinity in x: U x spreads them, and so does the sum.
-        if not bool(torch.isfinite(q.detach().sum())) and not bool(torch.isfinite(q.detach()).all()):
+        if not math.isfinite(float(q.detach().sum())) and not bool(torch.isfinite(q.detach()).all()):
             rows = int((~torch.isfinite(q.detach()).all(dim=1)).sum())
             raise InputError(
                 f"{rows} of {len(q)} samples give U x + b with NaN or infinite entries; clean the input "
@@ -323,39 +327,56 @@ class MonDEQ(nn.Module):
         """A bound ``(B,)`` on ‖fl(U x + b) − (U x + b)‖₂ in the layer's arithmetic, storage error included."""
         kept = self._derived_injection.of(self.injection)
         if "norms" not in kept:
-            assert isinstance(self.injection, (nn.Linear, QuantizedLinear))
+            assert isinstance(self.injection, (nn.Linear, QuantizedLinear, PreparedLinear))
             U, b, e_U, e_b = affine64(self.injection)
             kept["norms"] = verified.absolute_norm(U), float(b.abs().norm()) * (1 + 1e-12), e_U, e_b
         spread, offset, e_U, e_b = kept["norms"]
-        dtype = dtype or self._affine()[1].dtype
+        dtype = dtype or anchor(self.injection).dtype
         info = torch.finfo(dtype)
         gamma = product_rounding(2 * self.in_features + 8, x.new_empty(0, dtype=dtype))
         size = torch.linalg.vector_norm(x.detach().to(dtype), dim=1).double() * (1 + gamma)
         cast = info.eps if x.dtype.itemsize > dtype.itemsize else 0.0  # x itself was rounded
         return (gamma * (spread * size + offset) + e_U * size + e_b) + cast * spread * size + 4 * info.tiny**0.5
 
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())
+
+    def _own_stage(self) -> bool:
+        """Whether training has constants of its own: approximate inverses, and of a layer prepared for quantization
+        another operator than that of its codes."""
+        return self._trains() and (self.training or isinstance(self.recurrent, PreparedWeight))
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        if self.training and self.training_tol is not None:
+            return self.training_tol
+        return TOLERANCE[dtype] if self.tol is None else self.tol
+
     def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
         """The operator with the solver's step for it; in training a step found some calls ago."""
         with keeping():  # what is kept must serve training as well
             kept = self._derived.of(self.recurrent)
             operator = self._operator(kept)
-            if ("tuning", solver) not in kept:
-                check_finite(operator.weight.detach(), "the recurrent weights' W")
-                known = self._tunings.get(solver) if solver == self.solver else None
-                reuse = self.training and torch.is_grad_enabled() and known is not None and known.serves(operator)
-                tuning = known.tuning if reuse and known is not None else self._retune(solver, operator)
-                kept["tuning", solver] = tuning
-                if solver == self.solver:
-                    self._tunings[solver].age += 1
-        found: Tuning = kept["tuning", solver]
+            key = "tuning", solver, self._own_stage()
+            if key not in kept:
+                memory = self.training_memory if self.training and self._trains() and solver == self.solver else None
+                if memory is not None and memory.serves(operator):
+                    memory.carry(operator, self._tolerance(operator.weight.dtype))
+                    kept[key] = memory.tuning
+                else:
+                    check_finite(operator.weight.detach(), "the recurrent weights' W")
+                    kept[key] = self._retune(solver, operator)
+        found: Tuning = kept[key]
         return operator, found
 
     def _retune(self, solver: Solver, operator: DenseOperator) -> Tuning:
-        tuning = tuned(solver, operator, self.activation, self._affine()[1])
-        if solver == self.solver:
-            limit = min(2 * self._tunings[solver].limit, REFRESH[1]) if solver in self._tunings else REFRESH[0]
-            self._tunings = {solver: _Tuned(tuning, operator.weight.detach().clone(), limit)}
+        tuning = tuned(solver, operator, self.activation, anchor(self.injection))
+        if solver == self.solver and self.training and self._trains():
+            self.training_memory = Memory.of(tuning, operator, self.training_memory)
         return tuning
+
+    def forget_tuning(self) -> None:
+        """Have the next call search for the solver's step, as in a process that goes on from a checkpoint."""
+        self._derived, self.training_memory = Derived(), None
 
     def extra_repr(self) -> str:
         return (
@@ -368,21 +389,3 @@ def _beyond_float32(operator: DenseOperator, tol: float) -> bool:
     """Whether the truncation W e / m of a float32 iterate would stall above ``tol``, e being its last bits."""
     margin = operator.margin()
     return margin > 0 and tol * margin < 2 * torch.finfo(torch.float32).eps * (1 + operator.norm())
-
-
-@dataclass
-class _Tuned:
-    """A tuning, the weights it was found for, when it expires, and its age, both in calls."""
-
-    tuning: Tuning
-    weight: Tensor
-    limit: int
-    age: int = 0
-
-    def serves(self, operator: DenseOperator) -> bool:
-        """Whether it is young enough and the weights moved little since."""
-        now, then = operator.weight.detach(), self.weight
-        if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
-            return False
-        norm = torch.linalg.vector_norm
-        return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))

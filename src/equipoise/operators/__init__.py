@@ -2,6 +2,15 @@
 
 from .base import FixedPointMap, MonotoneOperator
 from .dense import DenseOperator
+from .prepared import PreparedWeight, prepare_weight
 from .quantized import QuantizedWeight, quantize_weight
 
-__all__ = ["DenseOperator", "FixedPointMap", "MonotoneOperator", "QuantizedWeight", "quantize_weight"]
+__all__ = [
+    "DenseOperator",
+    "FixedPointMap",
+    "MonotoneOperator",
+    "PreparedWeight",
+    "QuantizedWeight",
+    "prepare_weight",
+    "quantize_weight",
+]

@@ -131,6 +131,28 @@ class DenseOperator(MonotoneOperator):
         inverse.mul_(2).diagonal().sub_(1)
         return inverse
 
+    def formed_cayley(self, alpha: float) -> Tensor | None:
+        """C_α if it was formed already."""
+        found: Tensor | None = self._derived.get(("cayley", alpha))
+        return found
+
+    @torch.no_grad()
+    def refine_cayley(self, alpha: float, guess: Tensor, tol: float) -> bool:
+        """Form C_α from that of nearby weights by a step of Newton–Schulz, V⁺ = V + V (I − M V) with V = (I + C)/2 and
+        M = I + α (I − W), which squares the residual: two products instead of an inverse.
+
+        Done only where ‖I − M V⁺‖_F <= ``tol``; returns whether it was.
+        """
+        weight = self.weight.detach()
+        if self.stores_cayley or ("cayley", alpha) in self._derived or guess.dtype != weight.dtype:
+            return False
+        residual = torch.addmm(weight, weight, guess).mul_(alpha / 2)  # I − M V with M V = ((1+α)(I+C) − α W(I+C))/2
+        residual.sub_(guess, alpha=(1 + alpha) / 2).diagonal().add_((1 - alpha) / 2)
+        if not float(torch.linalg.vector_norm(residual)) ** 2 <= tol:
+            return False
+        self.once(("cayley", alpha), lambda: torch.addmm(guess + residual, guess, residual))
+        return True
+
     def cayley_norm(self, alpha: float) -> float:
         return self.once(("cayley_norm", alpha), lambda: power_norm(self._form_cayley(alpha)))
 

@@ -106,12 +106,19 @@ class StructuredWeight(QuantizedWeight):
     def quantize(cls, weights: Monotone | Dense, scheme: Structured) -> StructuredWeight:
         A, K, margin = weights.factors()
         codes = QuantizedTensor.fit(A, scheme.bits, scheme.granularity, scheme.scale)
-        return cls(codes, QuantizedSkew.fit(K, scheme.bits, scheme.scale), margin)
+        skew_bits = scheme.bits if scheme.skew_bits is None else scheme.skew_bits
+        return cls(codes, QuantizedSkew.fit(K, skew_bits, scheme.scale), margin)
+
+    @staticmethod
+    def combine(A: Tensor, K: Tensor, margin: Tensor | float) -> Tensor:
+        """(1 − m) I − AᵀA + K, the one way in which it is computed."""
+        W = torch.addmm(K, A.mT, A, alpha=-1)
+        W.diagonal().add_(1 - margin)
+        return W
 
     def assemble(self) -> tuple[Tensor, float]:
         A, K, margin = self.A.dequantize().cpu(), self.K.dequantize().cpu(), float(self.margin)
-        exact = torch.addmm(K, A.mT, A, alpha=-1)
-        exact.diagonal().add_(1 - margin)
+        exact = self.combine(A, K, margin)
         size = verified.absolute_norm(A) ** 2 + verified.absolute_norm(K) + abs(1 - margin)
         return exact, verified.up(verified.gamma(A.shape[0] + 8) * size + verified.TINY * A.numel())
 
@@ -135,10 +142,15 @@ class CompensatedWeight(QuantizedWeight):
     def quantize(cls, weights: Monotone | Dense, scheme: Compensated) -> CompensatedWeight:
         W = _weight64(weights)
         codes = QuantizedTensor.fit(_off_diagonal(W), scheme.bits, scheme.granularity, scheme.scale)
-        diagonal = W.diagonal().clone()
-        lowering, like = 0.0, weights().detach()
+        return cls.lowered(codes, W.diagonal(), scheme, weights().detach())
+
+    @classmethod
+    def lowered(cls, codes: QuantizedTensor, diagonal: Tensor, scheme: Compensated, like: Tensor) -> CompensatedWeight:
+        """Off-diagonal ``codes`` with the ``diagonal (n,)`` lowered as far as the target asks, in the dtype of
+        ``like`` as well; raises :class:`NotWellPosedError` where the diagonal's grid is too coarse for it."""
+        lowering = cls.lowering(_with_diagonal(codes.dequantize().cpu(), diagonal), scheme.margin, like.dtype)
         for _ in range(64):
-            stored = _round_down(diagonal - lowering, scheme.diagonal_bits)
+            stored = round_down(diagonal - lowering, scheme.diagonal_bits)
             module = cls(codes, stored)
             found = module.operator(like).margin()  # of the codes, and of what the layer multiplies by
             if found >= scheme.margin:
@@ -151,10 +163,16 @@ class CompensatedWeight(QuantizedWeight):
             found,
         )
 
+    @staticmethod
+    def lowering(W: Tensor, margin: float, dtype: torch.dtype) -> float:
+        """By how much to lower the diagonal of ``W`` (float64) for this margin: an estimate to be proved, and a
+        little more than enough for its own rounding and that of a cast to ``dtype``."""
+        found = float(torch.linalg.eigvalsh(torch.eye(len(W), dtype=W.dtype) - (W + W.mT) / 2)[0]) if len(W) else 1.0
+        slack = 4 * torch.finfo(dtype).eps * (1 + float(torch.linalg.matrix_norm(W)))
+        return max(0.0, margin - found + slack)
+
     def assemble(self) -> tuple[Tensor, float]:
-        n = self.features
-        exact = torch.diag(self.diagonal.dequantize().cpu())
-        exact[~torch.eye(n, dtype=torch.bool)] = self.off_diagonal.dequantize().cpu().flatten()
+        exact = _with_diagonal(self.off_diagonal.dequantize().cpu(), self.diagonal.dequantize().cpu())
         return exact, verified.up(verified.UNIT * verified.absolute_norm(exact) * (1 + 1e-15))
 
     @property
@@ -186,17 +204,23 @@ class CayleyWeight(QuantizedWeight):
         C = operator.cayley(alpha)
         return cls(QuantizedTensor.fit(C, scheme.bits, scheme.granularity, scheme.scale), alpha)
 
+    @staticmethod
+    def combine(C: Tensor, alpha: float) -> tuple[Tensor, Tensor, bool]:
+        """(W, Q, singular): W = I − Q/α with Q = (I − C)(I + C)⁻¹, the one way in which they are computed."""
+        eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+        quotient, info = torch.linalg.solve_ex(eye + C, eye - C, left=False)
+        return eye - quotient / alpha, quotient, int(info) != 0
+
     def assemble(self) -> tuple[Tensor, float]:
         C, alpha = self.C.dequantize().cpu(), float(self.alpha)
         eye = torch.eye(self.features, dtype=torch.float64)
         plus, minus = eye + C, eye - C
-        quotient, info = torch.linalg.solve_ex(plus, minus, left=False)
-        exact = eye - quotient / alpha
+        exact, quotient, singular = self.combine(C, alpha)
         # where code · scale is rounded, an inverse near C̃ = −I magnifies that
         code = verified.UNIT * verified.absolute_norm(C) * (1 + 1e-15) if not self.C.exact else 0.0
         forming_plus = verified.UNIT * verified.absolute_norm(plus) + code
         inverse_norm = verified.quotient_norm(eye, plus, error_q=verified.up(forming_plus * (1 + 1e-15)))
-        if int(info) != 0 or inverse_norm is None or not bool(torch.isfinite(exact).all()):
+        if singular or inverse_norm is None or not bool(torch.isfinite(exact).all()):
             return exact.nan_to_num(0.0, 0.0, 0.0), math.inf
         residual = verified.absolute_norm(minus - quotient @ plus)
         rounding = verified.gamma(self.features + 4) * (
@@ -262,7 +286,14 @@ def _off_diagonal(W: Tensor) -> Tensor:
     return W[~torch.eye(n, dtype=torch.bool)].reshape(n, max(n - 1, 0))
 
 
-def _round_down(values: Tensor, bits: int) -> QuantizedTensor:
+def _with_diagonal(off_diagonal: Tensor, diagonal: Tensor) -> Tensor:
+    """The matrix of these off-diagonal entries ``(n, n − 1)`` and this diagonal ``(n,)``."""
+    W = torch.diag(diagonal)
+    W[~torch.eye(len(diagonal), dtype=torch.bool)] = off_diagonal.flatten()
+    return W
+
+
+def round_down(values: Tensor, bits: int) -> QuantizedTensor:
     """Codes with code · scale <= value everywhere, so that the diagonal is never raised."""
     fitted = QuantizedTensor.fit(values, bits, "tensor", "max")
     top = 2 ** (bits - 1) - 1

@@ -80,9 +80,18 @@ class Structured(Scheme):
     ``sym(I - W̃) = m I + ÃᵀÃ``, so the margin survives at every number of bits (theory §4; observed for
     perturbed A and B in [PWK21]). ``granularity`` is that of A; K always has one scale, or it would
     not stay skew.
+
+    Args:
+        skew_bits: of K; None takes ``bits``.
     """
 
     scale: ScaleRule = "mse"
+    skew_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skew_bits is not None:
+            check_bits(self.skew_bits, "skew_bits")
 
 
 @final

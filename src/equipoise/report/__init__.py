@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .._atomic import check_output, replacing
-from ..errors import MissingExtraError
 from ..ladder import Ladder, Rung
 from . import words
 from .canvas import MARKERS
 from .figures import draw_all
+from .pages import fill
 
 __all__ = ["render", "write_report"]
 
@@ -41,22 +38,7 @@ def write_report(ladder: Ladder, path: str | Path, title: str | None = None, for
 
 def render(ladder: Ladder, title: str | None = None) -> str:
     """The page as text; the same ladder always gives the same text."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("the report needs Jinja: pip install 'equipoise[report]'") from error
-    environment = Environment(
-        loader=PackageLoader("equipoise.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    names = ("bits_text", "number", "at_least", "at_most", "percent", "percent_at_least")
-    environment.globals.update({name: getattr(words, name) for name in names}, missing=words.MISSING)
-    page = environment.get_template("report.html.j2").render(**_context(ladder, title))
-    # A number and its unit stay on one line.
-    return re.sub(r"(\d) (?=%|kB|MB|bits?\b|bytes\b)", "\\1\N{NO-BREAK SPACE}", page)
+    return fill("report.html.j2", _context(ladder, title), "ladder", ladder.to_dict())
 
 
 def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
@@ -67,7 +49,6 @@ def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
     seen = {r.verdict for r in ladder.rungs}
     first = ladder.evidence[0].certificate if ladder.evidence else None
     return {
-        "version": _version(),
         "title": title or (f"{subject.data}, quantized and certified" if subject else "Quantized and certified"),
         "headline": words.headline(ladder),
         "summary": words.summary(ladder),
@@ -79,6 +60,7 @@ def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
         "measured": words.measured(ladder, rung) if rung else [],
         "asks": words.asks(ladder.requirements, proof) if proof else [],
         "schemes": schemes,
+        "mixed": any(r.mixed for r in ladder.rungs),
         "blurbs": BLURBS,
         "markers": MARKERS,
         "figures": draw_all(ladder),
@@ -87,8 +69,6 @@ def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
         "input_bits": ladder.rungs[0].input_bits if ladder.rungs else None,
         "notes": ladder.notes,
         "arithmetic": f"Proofs: {first.arithmetic}." if first else "",
-        # Inside a script element only "<" could end it.
-        "data": json.dumps(ladder.to_dict(), allow_nan=False).replace("<", "\\u003c"),
     }
 
 
@@ -113,10 +93,3 @@ def _tiles(ladder: Ladder, rung: Rung) -> list[dict[str, str]]:
 
 def _tile(label: str, value: str, kind: str, beside: str) -> dict[str, str]:
     return {"label": label, "value": value, "kind": kind, "beside": beside}
-
-
-def _version() -> str:
-    try:
-        return version("equipoise")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = ["COLOURS", "MARKERS", "Figure", "colour", "figure", "level", "percents", "plain_log", "say"]
+__all__ = ["COLOURS", "MARKERS", "Figure", "colour", "figure", "level", "percents", "plain_log", "powers", "say"]
 
 MARKERS = {"assembled": "s", "structured": "o", "compensated": "^", "cayley": "D"}
 
@@ -149,3 +149,19 @@ def plain_log(axis: Any, low: float, high: float) -> None:
     axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,.6g}"))
+
+
+def powers(axis: Any) -> None:
+    """Powers of ten, at most seven: plain from 0.01 to 1,000, else as 10ⁿ."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(10, numticks=7))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(_power))
+
+
+def _power(value: float, position: object = None) -> str:
+    exponent = round(math.log10(value)) if value > 0 else 0
+    if -2 <= exponent <= 3:
+        return f"{10.0**exponent:,.6g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

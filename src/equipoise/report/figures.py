@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ladder import Ladder, Rung
 from .canvas import COLOURS, MARKERS, Figure, colour, figure, level, percents, plain_log, say
-from .words import asked_text, at_least, bits_text, percent
+from .words import asked_text, at_least, at_most, bits_of, bits_text, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def draw_all(ladder: Ladder) -> list[Figure]:
     Raises :class:`MissingExtraError` without matplotlib.
     """
     found = [_margin(ladder), _displacement(ladder), _agreement(ladder), _accuracy(ladder), _steps(ladder)]
-    return [drawn for drawn in (*found, _sizes(ladder)) if drawn is not None]
+    return [drawn for drawn in (*found, _sizes(ladder), _mixed(ladder)) if drawn is not None]
 
 
 def featured(ladder: Ladder) -> str | None:
@@ -112,20 +112,21 @@ def _displacement(ladder: Ladder) -> Figure | None:
         f"Each point is one test input ({every}{whole:,}), for {str(scheme).capitalize()}: how far its answer moved,"
         f" and the proved bound. {f'{below:,} inputs' if below else 'No input'} moved further than proved."
     ) + (" Inputs that hardly moved have no place on these axes." if hidden else "")
-    shown = ", ".join(bits_text(rung.bits) for rung, _ in clouds)
+    shown = ", ".join(bits_of(rung) for rung, _ in clouds)
     described = f"Scatter plot on logarithmic axes for {scheme} at {shown}. {caption}"
-    legend = tuple((token, bits_text(rung.bits)) for token, (rung, _) in zip(names, clouds, strict=True))
+    legend = tuple((token, bits_of(rung)) for token, (rung, _) in zip(names, clouds, strict=True))
     return figure("displacement", "Proved bound against actual movement", caption, paint, described, legend)
 
 
 def _clouds(ladder: Ladder, scheme: str | None) -> list[tuple[Rung, Tensor]]:
     """Rungs of one scheme with (2, B): of each test input how far it moved, and the bound of that."""
     found = []
+    chosen = None if ladder.chosen is None else ladder.rungs[ladder.chosen]
     for rung, evidence in zip(ladder.rungs, ladder.evidence, strict=False):
         moved, bound = evidence.certificate.actual_displacement, evidence.certificate.displacement
-        if rung.scheme == scheme and moved is not None and bound is not None and rung.displacement_mean:
+        shown = not rung.mixed or rung is chosen
+        if shown and rung.scheme == scheme and moved is not None and bound is not None and rung.displacement_mean:
             found.append((rung, torch.stack((moved, bound)).double()))
-    chosen = None if ladder.chosen is None else ladder.rungs[ladder.chosen]
     return _spread(found, CLOUDS, lambda pair: pair[0] is chosen)
 
 
@@ -230,6 +231,32 @@ def _sizes(ladder: Ladder) -> Figure | None:
     )
 
 
+def _mixed(ladder: Ladder) -> Figure | None:
+    """What bytes buy where every part has bits of its own: size against the proved displacement."""
+    rungs = [r for r in ladder.rungs if r.scheme == "structured" and r.displacement_bound_mean]
+    if not any(rung.mixed for rung in rungs):
+        return None
+
+    def paint(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.set_xscale("log")
+        for i, rung in enumerate(ladder.rungs):
+            if rung in rungs and (moved := rung.displacement_bound_mean):
+                _mark(axes, rung.size_bytes / 1000, moved, rung, i == ladder.chosen)
+        axes.margins(0.07, 0.1)
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            plain_log(axis, *limits)
+        axes.set_xlabel("kB when packed")
+
+    parts = [r for r in rungs if r.mixed]
+    ends = "; ".join(
+        f"{at_most(r.displacement_bound_mean, 3)} in {r.size_bytes:,} bytes" for r in (*parts[:1], *parts[1:][-1:])
+    )
+    title = "What mixed bits buy: movement, proved"
+    caption = "Packed size against the mean proved movement of the structured versions; crosses are the mixed ones."
+    return figure("mixed", title, caption, paint, f"{title}. Mixed: {ends}.")
+
+
 # How all of them are drawn
 
 
@@ -250,14 +277,15 @@ def _bits_figure(
 
 def _lines(axes: Axes, ladder: Ladder, value: Callable[[Rung], float | None]) -> None:
     """One line per scheme over the bits, many bits first; it is broken where there is no number."""
-    for scheme in dict.fromkeys(rung.scheme for rung in ladder.rungs):
-        rungs = sorted((r for r in ladder.rungs if r.scheme == scheme), key=lambda r: -r.bits)
+    alike = [rung for rung in ladder.rungs if not rung.mixed]  # others have no place on an axis of bits
+    for scheme in dict.fromkeys(rung.scheme for rung in alike):
+        rungs = sorted((r for r in alike if r.scheme == scheme), key=lambda r: -r.bits)
         heights = [math.nan if (v := value(rung)) is None else v for rung in rungs]
         axes.plot([r.bits for r in rungs], heights, color=colour(scheme), alpha=0.85, zorder=3)
     for i, rung in enumerate(ladder.rungs):
-        if (height := value(rung)) is not None:
+        if not rung.mixed and (height := value(rung)) is not None:
             _mark(axes, rung.bits, height, rung, i == ladder.chosen)
-    bits = sorted({rung.bits for rung in ladder.rungs})
+    bits = sorted({rung.bits for rung in alike})
     axes.set_xticks(bits if len(bits) <= 10 else bits[:: math.ceil(len(bits) / 10)])
     axes.set_xlim(bits[-1] + 0.4, bits[0] - 0.4)
     axes.set_xlabel("bits")
@@ -266,7 +294,7 @@ def _lines(axes: Axes, ladder: Ladder, value: Callable[[Rung], float | None]) ->
 def _mark(axes: Axes, x: float, y: float, rung: Rung, chosen: bool) -> None:
     paint = colour(rung.scheme)
     fill = paint if rung.certified else "none"
-    shape = MARKERS.get(rung.scheme, "P")
+    shape = "P" if rung.mixed else MARKERS.get(rung.scheme, "P")
     axes.plot(x, y, shape, color=paint, mfc=fill, ms=6.5, mew=1.3, zorder=4)
     if chosen:
         axes.plot(x, y, "o", mfc="none", mec=COLOURS["ink"], ms=15, mew=1.8, zorder=5, clip_on=False)
@@ -287,7 +315,7 @@ def _ranges(ladder: Ladder, value: Callable[[Rung], float | None], words: Callab
     """For each scheme its first and last number, for readers of the text."""
     parts = []
     for scheme in dict.fromkeys(rung.scheme for rung in ladder.rungs):
-        rungs = [r for r in ladder.rungs if r.scheme == scheme and value(r) is not None]
+        rungs = [r for r in ladder.rungs if r.scheme == scheme and not r.mixed and value(r) is not None]
         ends = rungs[:1] + rungs[1:][-1:]
         numbers = [f"{words(v)} at {bits_text(r.bits)}" for r in ends if (v := value(r)) is not None]
         if numbers:

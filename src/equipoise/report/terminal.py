@@ -38,11 +38,25 @@ def ladder_words(ladder: Ladder) -> Text:
 def ladder_table(ladder: Ladder) -> Table:
     """One row per rung, in 79 columns; the chosen one is bold and has an arrow."""
     caption = "≥, ≤: proved. kept: same class proved. moved: mean ‖z* − z̃*‖. right: accuracy."
+    if any(rung.mixed for rung in ladder.rungs):
+        caption += "\n4/5/6/8/–: bits of A/K/U/b/head in a structured version, – for floats."
     table = Table(
         box=SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left", caption_style="dim"
     )
-    for heading in ("scheme", "bits", "bytes", "verdict", "margin ≥", "steps≤", "kept≥", "moved≤", "moved", "right"):
-        justify: JustifyMethod = "left" if heading in ("scheme", "verdict") else "right"
+    wide = max((len(rung.scheme) for rung in ladder.rungs), default=len("float"))
+    # One column for both: the bits of a mixed rung need the room of both.
+    for heading in (
+        f"{'scheme':<{wide + 2}} bits",
+        "bytes",
+        "verdict",
+        "margin ≥",
+        "steps≤",
+        "kept≥",
+        "moved≤",
+        "moved",
+        "right",
+    ):
+        justify: JustifyMethod = "left" if heading.startswith(("scheme", "verdict")) else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
     subject = ladder.subject
     if subject is not None:
@@ -55,19 +69,29 @@ def ladder_table(ladder: Ladder) -> Table:
             _count(subject.steps),
         ]
         figures += [MISSING] * 3
-        table.add_row("  float", "", *figures, percent(subject.accuracy), end_section=True)
+        table.add_row("  float", *figures, percent(subject.accuracy), end_section=True)
     for index, rung in enumerate(ladder.rungs):
         chosen = index == ladder.chosen
-        first = index == 0 or ladder.rungs[index - 1].scheme != rung.scheme
-        last = index + 1 == len(ladder.rungs) or ladder.rungs[index + 1].scheme != rung.scheme
-        name = f"{'→' if chosen else ' '} {rung.scheme if first or chosen else ''}"
+        first = index == 0 or _group(ladder.rungs[index - 1]) != _group(rung)
+        last = index + 1 == len(ladder.rungs) or _group(ladder.rungs[index + 1]) != _group(rung)
+        name = f"{'→' if chosen else ' '} {_name(rung, first or chosen, wide)}"
         table.add_row(name, *_cells(rung), style="bold" if chosen else None, end_section=last)
     return table
 
 
+def _group(rung: Rung) -> tuple[str, bool]:
+    return rung.scheme, rung.mixed
+
+
+def _name(rung: Rung, named: bool, wide: int) -> str:
+    """The scheme, where it is to be named, and its bits; of a mixed rung the bits of every part."""
+    if rung.mixed:
+        return str(rung.parts).replace("float", MISSING)
+    return f"{rung.scheme if named else '':<{wide}} {rung.bits:>4}"
+
+
 def _cells(rung: Rung) -> list[str | Text]:
     return [
-        str(rung.bits),
         _count(rung.size_bytes),
         Text(rung.verdict, STYLES[rung.verdict]),
         at_least(rung.margin),

@@ -16,6 +16,7 @@ __all__ = [
     "asks",
     "at_least",
     "at_most",
+    "bits_of",
     "bits_text",
     "bytes_text",
     "headline",
@@ -66,8 +67,15 @@ def bits_text(bits: int) -> str:
     return f"{bits} bit" if bits == 1 else f"{bits} bits"
 
 
+def bits_of(rung: Rung) -> str:
+    """ "2 bits", or, of a mixed rung, the bits of A, K, U, b and the head: "2/4/1/8/float"."""
+    return str(rung.parts) if rung.mixed else bits_text(rung.bits)
+
+
 def name(rung: Rung) -> str:
     """The rung by its scheme and bits, input bits where there are any."""
+    if rung.mixed:
+        return f"{rung.scheme.capitalize()} {rung.parts} (A K U b head)"
     inputs = "" if rung.input_bits is None else f" (inputs {bits_text(rung.input_bits)})"
     return f"{rung.scheme.capitalize()} at {bits_text(rung.bits)}{inputs}"
 
@@ -77,7 +85,8 @@ def headline(ladder: Ladder) -> str:
     if ladder.chosen is None:
         return "No version keeps everything that was asked."
     rung = ladder.rungs[ladder.chosen]
-    return f"{rung.scheme.capitalize()} at {bits_text(rung.bits)} keeps the guarantee in {bytes_text(rung.size_bytes)}."
+    chosen = name(rung) if rung.mixed else f"{rung.scheme.capitalize()} at {bits_text(rung.bits)}"
+    return f"{chosen} keeps the guarantee in {bytes_text(rung.size_bytes)}."
 
 
 def summary(ladder: Ladder) -> str:
@@ -93,12 +102,14 @@ def summary(ladder: Ladder) -> str:
             f"{certified} of the {count} quantized versions are certified, and {missing}, judged on the"
             " validation split. Ask for less, or allow more bits."
         )
-    more = f" and has {asked}" if asked else ""
+    more = f" and {'has' if ladder.goal == 'size' else 'have'} {asked}" if asked else ""
+    best = f"This is the smallest that is certified{more}"
+    if ladder.goal == "displacement":
+        best = f"Of those that are certified{more} this is the one proved to move least"
     return (
         f"Of {count} quantized version{'s' if count > 1 else ''} of this network, {certified}"
-        f" {'are' if certified > 1 else 'is'} certified. This is the smallest that"
-        f" is certified{more}, judged on the validation split. Figures are of the test split unless they say"
-        " otherwise."
+        f" {'are' if certified > 1 else 'is'} certified. {best}, judged on the validation split. Figures are of the"
+        " test split unless they say otherwise."
     )
 
 

@@ -7,6 +7,7 @@ from .loop import Problem, Solver, State, Tuning, Verdict, iterate
 from .peaceman_rachford import DouglasRachford, PeacemanRachford
 from .picard import Picard
 from .posterior import Solution, a_posteriori, solve
+from .rounded import Rounded
 from .trial import tuned
 from .tseng import Tseng
 
@@ -19,6 +20,7 @@ __all__ = [
     "PeacemanRachford",
     "Picard",
     "Problem",
+    "Rounded",
     "Solution",
     "Solver",
     "State",

@@ -17,6 +17,7 @@ from ..errors import OptionError
 from ..operators import FixedPointMap, MonotoneOperator
 from .loop import Problem, Solver, State, Tuning
 from .peaceman_rachford import PeacemanRachford
+from .rounded import Rounded
 
 __all__ = ["Accelerated", "push"]
 
@@ -32,7 +33,7 @@ class Accelerated(Solver):
         super().__post_init__()
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
             raise OptionError(f"{type(self).__name__} memory is {self.memory!r}; it is a positive integer")
-        if self.on is not None and (not isinstance(self.on, Solver) or isinstance(self.on, Accelerated)):
+        if self.on is not None and (not isinstance(self.on, Solver) or isinstance(self.on, (Accelerated, Rounded))):
             raise OptionError(
                 f"{type(self).__name__} acts on a splitting such as ForwardBackward(), not on {self.on!r}"
             )

@@ -22,7 +22,7 @@ from ..activations import Activation, Linearized
 from ..errors import OptionError
 from ..operators import FixedPointMap, MonotoneOperator
 
-__all__ = ["Problem", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
+__all__ = ["Habit", "Problem", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
 
 Stop = Literal["bound", "residual"]
 
@@ -32,6 +32,9 @@ MAX_STEPS = 20_000
 CHUNK = 2**21
 """Entries of an iterate worked on at a time on a CPU: what stays in its cache between passes."""
 
+
+PATIENCE = 4
+"""Solves that end at a habit's first look before it comes a step earlier."""
 
 SMALL = 2**15
 """Entries of an iterate below which finished samples are carried along: sorting them out would cost more."""
@@ -135,6 +138,33 @@ def check_alpha(alpha: float | None, owner: str) -> None:
         raise OptionError(f"{owner} alpha is {alpha!r}; it is a finite number above 0, or None to choose it")
 
 
+@dataclass
+class Habit:
+    """Where a solve that is repeated on slowly changing problems is worth a first look: where the last ones ended.
+
+    A look that comes too late costs steps, one too early a look: after four solves that ended at the first look it
+    comes a step earlier. What is learned is heeded once it is planned, so that the same problem is solved in the same
+    steps until then.
+    """
+
+    first: int | None = None
+    streak: int = 0
+    planned: int | None = None
+
+    def plan(self) -> None:
+        """Heed from now on what was learned so far."""
+        self.planned = self.first
+
+    def learn(self, steps: int) -> None:
+        """Take in that a solve ended after ``steps``."""
+        if self.first is not None and steps <= self.first:
+            self.streak += 1
+            if self.streak == PATIENCE:
+                self.first, self.streak = max(self.first - 1, 1), 0
+        else:
+            self.first, self.streak = steps, 0
+
+
 class Schedule(NamedTuple):
     """When to look: at step ``first`` and every ``every`` steps after it, never past ``last``."""
 
@@ -143,8 +173,8 @@ class Schedule(NamedTuple):
     last: int
 
     @classmethod
-    def of(cls, solver: Solver, tuning: Tuning, tol: float, measured: bool) -> Schedule:
-        """First look where a trial run suggests; a budget well above the a-priori count.
+    def of(cls, solver: Solver, tuning: Tuning, tol: float, measured: bool, habit: Habit | None = None) -> Schedule:
+        """First look where a trial run, or a habit, suggests; a budget well above the a-priori count.
 
         Where a judge measures errors the first look is early, since what it measures makes the next ones sharp;
         where nobody does, early looks would only cost.
@@ -158,6 +188,8 @@ class Schedule(NamedTuple):
         expected = min(expected, MAX_STEPS / 2)
         first = solver.check_every or max(2, math.floor((0.65 if measured else 1.1) * expected))
         every = solver.check_every or max(2, math.ceil((0.1 if measured else 0.2) * expected))
+        if habit is not None and habit.planned is not None and solver.check_every is None:
+            first, every = habit.planned, 2
         budget = MAX_STEPS // 10 if horizon is None else min(MAX_STEPS, math.ceil(3 * horizon) + 100)
         return cls(first, every, solver.max_steps or min(max(budget, 2 * first), MAX_STEPS))
 
@@ -179,20 +211,26 @@ Judge = Callable[[Problem, Tensor], Verdict]
 
 
 def iterate(
-    solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge | None = None
+    solver: Solver,
+    problem: Problem,
+    tuning: Tuning,
+    tol: float,
+    stop: Stop,
+    judge: Judge | None = None,
+    habit: Habit | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the loop. Returns (steps (B,), done (B,), results...): what ``judge`` wrote down, or without one w.
 
     A sample ends when the judge passes it, when its iterates stop moving in floating point or are no longer
     finite, or when the budget is spent; the last three are judged as they are. Without a judge the solver's own
-    estimate decides, and a sample that stands still counts as done.
+    estimate decides, and a sample that stands still counts as done. A ``habit`` says when to look first.
     """
     rows = len(problem.injection)
     width = max(64, CHUNK // max(problem.operator.features, 1))
     if problem.injection.device.type != "cpu" or rows <= width:
-        return _Run(solver, problem, tuning, tol, stop, judge).run()
+        return _Run(solver, problem, tuning, tol, stop, judge, habit).run()
     chunks = [
-        _Run(solver, problem.select(slice(begin, begin + width)), tuning, tol, stop, judge).run()
+        _Run(solver, problem.select(slice(begin, begin + width)), tuning, tol, stop, judge, habit).run()
         for begin in range(0, rows, width)
     ]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
@@ -202,33 +240,60 @@ class _Run:
     """One chunk's way through the loop: the batch that is still computed, and the results written down."""
 
     def __init__(
-        self, solver: Solver, problem: Problem, tuning: Tuning, tol: float, stop: Stop, judge: Judge | None
+        self,
+        solver: Solver,
+        problem: Problem,
+        tuning: Tuning,
+        tol: float,
+        stop: Stop,
+        judge: Judge | None,
+        habit: Habit | None,
     ) -> None:
-        self.solver, self.problem, self.tol, self.judge = solver, problem, tol, judge
-        self.schedule = Schedule.of(solver, tuning, tol, judge is not None)
-        q = problem.injection
-        self.total = len(q)
-        self.rows = torch.arange(self.total, device=q.device)
-        self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
+        self.solver, self.problem, self.tuning, self.tol, self.judge = solver, problem, tuning, tol, judge
+        self.schedule = Schedule.of(solver, tuning, tol, judge is not None, habit)
+        self.total = len(problem.injection)
         gain = tuning.gain if judge is None or tuning.keen is None else tuning.keen
-        gain = gain if stop == "bound" and gain is not None else 1.0
-        self.gain = q.new_full((self.total,), gain)
-        self.still = 4 * torch.finfo(q.dtype).eps
-        # the step from which on each sample is looked at again, by its own forecast, and the earliest of them
-        self.due = self.rows.new_zeros(self.total)
-        self.earliest = 0
-        self.pace = -math.log(tuning.pace) if tuning.pace is not None else math.inf
+        self.first_gain = gain if stop == "bound" and gain is not None else 1.0
         self.results: list[Tensor] = []
         self.fixed_point = solver.map(problem, tuning)
         self.state = solver.init(self.fixed_point)
 
+    def _open(self) -> None:
+        """Begin to keep books on the samples, one by one."""
+        q = self.problem.injection
+        self.rows = torch.arange(self.total, device=q.device)
+        self.alive = torch.ones(self.total, dtype=torch.bool, device=q.device)
+        self.gain = q.new_full((self.total,), self.first_gain)
+        self.still = 4 * torch.finfo(q.dtype).eps
+        # the step from which on each sample is looked at again, by its own forecast, and the earliest of them
+        self.due = self.rows.new_zeros(self.total)
+        self.earliest = 0
+        self.pace = -math.log(self.tuning.pace) if self.tuning.pace is not None else math.inf
+
     def run(self) -> tuple[Tensor, ...]:
-        for step in range(1, self.schedule.last + 1):
-            if step > 1:
+        first, last = min(self.schedule.first, self.schedule.last), self.schedule.last
+        for _ in range(1, first):
+            self.state = self.solver.step(self.fixed_point, self.state)
+        if self.judge is None and (settled := self._settled()) is not None:
+            q = self.problem.injection
+            steps = torch.full((self.total,), first, device=q.device)
+            return steps, torch.ones(self.total, dtype=torch.bool, device=q.device), settled
+        self._open()
+        for step in range(first, last + 1):
+            if step > first:
                 self.state = self.solver.step(self.fixed_point, self.state)
-            if self.schedule.looks(step) and (step >= self.earliest or step >= self.schedule.last) and self._look(step):
+            if self.schedule.looks(step) and (step >= self.earliest or step >= last) and self._look(step):
                 break
         return tuple(self.results)
+
+    def _settled(self) -> Tensor | None:
+        """The estimates w if every sample is within the tolerance, as far as the solver can tell: one look at all."""
+        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1)
+        w = self.fixed_point.point(self.state.image)
+        size = torch.linalg.vector_norm(w, dim=1)
+        # an overflow is no convergence, and NaN compares as false
+        ready = (move * self.first_gain <= size * self.tol) & (size < math.inf)
+        return w if bool(ready.all()) else None
 
     def _look(self, step: int) -> bool:
         """Write down the samples that are finished; True when none is left."""
@@ -237,9 +302,6 @@ class _Run:
         size = torch.linalg.vector_norm(w, dim=1)
         due = self.due <= step
         ready = due & (self.gain * move <= self.tol * size) & (size < math.inf)  # an overflow is no convergence
-        if self.judge is None and not self.results and bool(ready.all()):
-            self._record(torch.full_like(self.rows, step), ready, w)
-            return True
         reach = torch.linalg.vector_norm(self.state.image, dim=1)
         still = (move <= self.still * reach) & (reach < math.inf)
         hopeless = due & (~torch.isfinite(move) | still)

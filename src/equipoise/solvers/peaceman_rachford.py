@@ -35,8 +35,7 @@ class PeacemanRachfordMap(FixedPointMap):
     def start(self) -> tuple[Tensor, Tensor]:
         # T(0) needs a product only where prox_{αf}(0) is not 0.
         u = torch.zeros_like(self.offset)
-        at_zero = self.problem.activation.prox(u[:1], self.alpha)
-        if bool((at_zero == 0).all()):
+        if self.problem.activation.fixes_zero:
             return u, self.offset * self.relaxation
         return u, self(u)
 

@@ -13,6 +13,7 @@ from ..activations import Activation
 from ..operators import MonotoneOperator
 from .loop import Problem, Solver, Tuning
 from .posterior import a_posteriori
+from .rounded import Rounded
 
 __all__ = ["tuned"]
 
@@ -29,6 +30,8 @@ def tuned(solver: Solver, operator: MonotoneOperator, activation: Activation, li
 
     ``like`` gives dtype and device. Without a proved margin there is no error to compare with, and no trial.
     """
+    if isinstance(solver, Rounded):  # its grid would hide how the splitting moves
+        return solver.slowed(tuned(solver.on, operator, activation, like))
     tuning = solver.tune(operator)
     if tuning.gain is None:
         return tuning

@@ -1,0 +1,69 @@
+"""What a layer remembers from one step of training to the next, while its weights move little.
+
+None of it decides what is right: a solve still ends by its tolerance. It only saves searching for a step, inverting
+a matrix and looking at iterates that cannot have converged yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..operators import DenseOperator
+from ..solvers import Tuning
+from ..solvers.loop import Habit
+
+__all__ = ["Memory"]
+
+REFRESH = 50, 800
+"""The solver's step is searched for again after 50 calls, then 100, 200, … up to every 800: weights move less and
+less, and a search costs as much as some twenty steps of training."""
+
+DRIFT = 0.3
+"""It is searched for at once where the weights moved by this part of their norm since."""
+
+INEXACT = 0.1
+"""Part of the forward tolerance that an inverse carried over from the last step may be wrong by."""
+
+
+@dataclass
+class Memory:
+    """A tuning, the weights it was found for, when it expires and its age in calls; the last Cayley transform; and
+    where the forward and the backward solves tend to end."""
+
+    tuning: Tuning
+    weight: Tensor
+    limit: int
+    age: int = 0
+    cayley: Tensor | None = None
+    forward: Habit = field(default_factory=Habit)
+    backward: Habit = field(default_factory=Habit)
+
+    @classmethod
+    def of(cls, tuning: Tuning, operator: DenseOperator, before: Memory | None) -> Memory:
+        """A new memory; one that follows another lasts twice as long."""
+        limit = REFRESH[0] if before is None else min(2 * before.limit, REFRESH[1])
+        return cls(tuning, operator.weight.detach().clone(), limit)
+
+    def serves(self, operator: DenseOperator) -> bool:
+        """Whether it is young enough and the weights moved little since."""
+        now, then = operator.weight.detach(), self.weight
+        if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
+            return False
+        norm = torch.linalg.vector_norm
+        return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))
+
+    def carry(self, operator: DenseOperator, tol: float) -> None:
+        """Begin with new weights: heed the habits, and hand ``operator`` the last Cayley transform to start from if it
+        leads to one right to ``tol``."""
+        self.forward.plan()
+        self.backward.plan()
+        if self.cayley is not None:
+            operator.refine_cayley(self.tuning.alpha, self.cayley, INEXACT * tol)
+
+    def keep(self, operator: DenseOperator) -> None:
+        """Remember the Cayley transform that ``operator`` formed, if it did."""
+        self.age += 1
+        self.cayley = operator.formed_cayley(self.tuning.alpha)
