@@ -150,6 +150,22 @@ def test_the_binding_answers_what_the_emulation_answers(kind: str, tmp_path: Pat
     assert f(x[:0]).shape == (0, CLASSES)
 
 
+@pytest.mark.parametrize("scheme", [eq.Cayley(bits=6), eq.Structured(bits=4, input_bits=5)], ids=["cayley", "factored"])
+def test_the_bound_of_each_input_holds_and_is_sharper(scheme: eq.Scheme, tmp_path: Path) -> None:
+    need_compiler()
+    model = network()
+    certificate = export(quantized(model, scheme), tmp_path / "net", reference=model)
+    f = runtime.load(tmp_path / "net")
+    x = f.grid.to_real(pixels(60))
+    x[::3] += np.random.default_rng(0).uniform(0, 0.4, x[::3].shape) * float(f.grid.steps[0])  # between the pixels
+    x = x.clip(f.grid.to_real(pixels(0)).min(), f.grid.to_real(pixels(0)).max())
+    bound = f.error_bound(x)
+    truth, _, doubt = exact(model, x)
+    error = np.linalg.norm(f.equilibrium(x) - truth, axis=1)
+    assert (error - doubt <= bound).all()
+    assert np.median(bound) < 0.9 * certificate.error_bound  # type: ignore[operator]
+
+
 def test_the_binding_refuses_what_the_program_cannot_take(tmp_path: Path) -> None:
     need_compiler()
     _, shipped = written(tmp_path / "net", "cayley-8-16", input_range=(10, 200))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConvergenceWarning, DataNotFoundError, FileFormatError, InputError, MissingExtraError
+from .export.fixedpoint import SLACK
 from .export.grid import Grid
 
 __all__ = ["Runtime", "compiler", "load"]
@@ -47,9 +48,10 @@ def load(folder: str | os.PathLike[str]) -> Runtime:
         grid = Grid.from_dict(program["grid"])
         types = _TYPES[program["input_type"]], _TYPES[program["state_type"]]
         units = float(program["state_unit"]), program["score_unit"]
+        per_input = program["per_input"]
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise FileFormatError(f"{path / 'certificate.json'} was not written by an export: {error!r}") from error
-    return Runtime(_compiled(path), document, grid, types, units)
+    return Runtime(_compiled(path), document, grid, types, units, per_input)
 
 
 class Runtime:
@@ -66,8 +68,9 @@ class Runtime:
         grid: Grid,
         types: tuple[Any, Any],
         units: tuple[float, float | None],
+        per_input: dict[str, float] | None,
     ) -> None:
-        self.certificate, self.grid = certificate, grid
+        self.certificate, self.grid, self._per_input = certificate, grid, per_input
         self._library, self._types, self._units = library, types, units
         library.eqnet_batch.restype = ctypes.c_int
         library.eqnet_batch.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 3]
@@ -89,6 +92,32 @@ class Runtime:
         """The equilibrium ``(B, n)`` for inputs ``(B, d)``; as for a call."""
         z, _, status = self.integers(x)
         return self._real(z, self._units[0], status)
+
+    def error_bound(self, x: NDArray[Any]) -> NDArray[np.float64]:
+        """Proved bounds ``(B,)`` of ‖equilibrium − the reference's‖₂ for these very inputs, NaN where none holds.
+
+        Where the reference is another network this is mostly far below ``certificate["error_bound"]``, which covers
+        the worst input of the range. With x̂ the grid point of x and ẑ the computed equilibrium (theory §10),
+
+            iteration + (‖ΔW‖ (‖ẑ‖ + iteration) + ‖ΔU‖ ‖x̂ − x̄‖ + ‖ΔU x̄ + Δb‖ + ‖U‖ ‖x − x̂‖) / m.
+        """
+        raw = self._raw(x)
+        z, _, status = self.integers(x)
+        known = self._per_input
+        if known is None:
+            return np.full(len(raw), np.nan)
+        grid = self.grid
+        real = grid.to_real(raw)
+        center = (grid.to_real(np.full_like(raw, grid.low)) + grid.to_real(np.full_like(raw, grid.high))) / 2
+        given = real if np.issubdtype(np.asarray(x).dtype, np.integer) else np.asarray(x, dtype=np.float64)
+        # to_real is rounded: two of its ulps an entry
+        ulps = 1e-15 * np.linalg.norm(np.abs(real) + np.abs(center), axis=1)
+        size = np.linalg.norm(z.astype(np.float64), axis=1) * self._units[0]
+        moved = known["delta_weight"] * (size + known["iteration"]) + known["delta_center"]
+        moved = moved + known["delta_input"] * (np.linalg.norm(real - center, axis=1) + ulps)
+        moved = moved + known["reference_input"] * (np.linalg.norm(given - real, axis=1) + ulps)
+        bound: NDArray[np.float64] = (known["iteration"] + moved / known["reference_margin"]) * SLACK
+        return np.where(status == 0, bound, np.nan)
 
     def integers(self, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
         """(equilibrium ``(B, n)``, scores ``(B, classes)``, status ``(B,)``) as the program's own integers."""

@@ -55,6 +55,8 @@ class Shipped:
     unit: float
     score_unit: float | None
     certificate: ShipCertificate
+    per_input: dict[str, float] | None
+    """What bounds the error of one input, None where nothing is proved."""
 
 
 def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | None, options: Options) -> Shipped:
@@ -85,7 +87,9 @@ def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | N
     head, head_affine, score_unit = _head(network, plan)
     program = replace(program, head=head_affine)
     certificate = _certificate(network, own, against, plan, bounds, program, mode, options, grid, (head, score_unit))
-    return Shipped(program, grid, plan.unit, score_unit, certificate)
+    iteration = plan.iteration.rounding + plan.iteration.truncation(steps)
+    per_input = bounds.per_input(iteration) if certificate.certified else None
+    return Shipped(program, grid, plan.unit, score_unit, certificate, per_input)
 
 
 def prepare(

@@ -73,6 +73,26 @@ class Bounds:
     input_slip: float
     solution: float
     """Of ‖z*‖ of the program's own network."""
+    delta_weight: float
+    """‖ΔW‖₂."""
+    delta_input: float
+    """‖ΔU‖₂."""
+    delta_center: float
+    """‖ΔU x + Δb‖₂ at the centre of the box."""
+    reference_input: float
+    """‖U‖₂ of the reference."""
+    reference_margin: float
+
+    def per_input(self, iteration: float) -> dict[str, float]:
+        """What :meth:`equipoise.runtime.Runtime.error_bound` computes with; ``iteration``: rounding and truncation."""
+        return {
+            "iteration": iteration,
+            "delta_weight": self.delta_weight,
+            "delta_input": self.delta_input,
+            "delta_center": self.delta_center,
+            "reference_input": self.reference_input,
+            "reference_margin": self.reference_margin,
+        }
 
 
 def _norm(v: Tensor) -> float:
@@ -93,9 +113,13 @@ def equilibrium_bounds(
     delta_U, delta_b = U - theirs.U, b - theirs.b
     reach = _norm(box.center.abs() + box.half)
     forming = verified.UNIT * (verified.absolute_norm(delta_U) * reach + _norm(delta_b))
-    moved = 0.0
+    moved = delta_input = center = 0.0
     if bool(delta_U.any()) or bool(delta_b.any()) or theirs.e_U or theirs.e_b or used.e_b:
         moved = box.norm(delta_U, delta_b, theirs.e_U) + theirs.e_b + used.e_b + forming
+        delta_input = verified.spectral_norm(delta_U, theirs.e_U + verified.UNIT * verified.absolute_norm(delta_U))
+        inner = delta_U @ box.center + delta_b
+        lost = verified.gamma(len(box.center) + 8) * (delta_U.abs() @ box.center.abs() + delta_b.abs())
+        center = _norm(inner.abs() + lost * SLACK) + theirs.e_U * reach + theirs.e_b + used.e_b + forming
     delta_W = 0.0
     if not reference.same_weights:
         delta = own.W - theirs.W
@@ -104,7 +128,17 @@ def equilibrium_bounds(
     one = (delta_W * solution + moved) / theirs.margin if theirs.margin > 0 else math.inf
     other = (delta_W * theirs.solution(box) + moved) / own.margin if own.margin > 0 else math.inf
     displacement = min(one, other) * SLACK if delta_W or moved else 0.0
-    return Bounds(displacement, theirs.slip(half_step(grid) + slip), theirs.slip(slip), solution)
+    return Bounds(
+        displacement,
+        theirs.slip(half_step(grid) + slip),
+        theirs.slip(slip),
+        solution,
+        delta_W,
+        delta_input * SLACK,
+        center * SLACK,
+        verified.spectral_norm(theirs.U, theirs.e_U),
+        theirs.margin,
+    )
 
 
 def score_bound(reference: Reference, head: tuple[Tensor, Tensor], lost: Tensor, error: float, size: float) -> float:

@@ -76,5 +76,6 @@ def document(shipped: Shipped) -> dict[str, Any]:
         "state_type": program.state_type,
         "state_unit": shipped.unit,
         "score_unit": shipped.score_unit,
+        "per_input": shipped.per_input,
     }
     return {**shipped.certificate.to_dict(), "program": interface}
