@@ -2,9 +2,10 @@
 
     python examples/mnist_to_c.py --out mnist_c [--epochs 10] [--data-dir FOLDER] [--float FILE]
 
-8 and 4 bits round the Cayley transform of one float network (8-bit iterates, their range chosen on training images);
-2 and 1 bits are trained through the quantizer, W and U alike, and run by additions and shifts (16-bit iterates). Each
-is compared, over all test images, with the exact equilibria of the network its file holds. Needs a C compiler.
+At 8 bits the Cayley transform of a float network is rounded, at 4 bits it is trained through the quantizer; both have
+8-bit iterates. At 2 and 1 bits structured weights are trained through the quantizer, W and U alike; they run by
+additions and shifts, with 16-bit iterates. The range of the iterates is chosen on training images. Each network is
+compared, over all test images, with the exact equilibria of what its file holds. Needs a C compiler.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of models and exports")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data-dir", type=Path, default=None)
-    parser.add_argument("--float", type=Path, default=None, help="a float model file for 8 and 4 bits")
+    parser.add_argument("--float", type=Path, default=None, help="a float model file for 8 bits")
     arguments = parser.parse_args()
     arguments.out.mkdir(exist_ok=True)
     data = load_data("mnist", arguments.data_dir)
@@ -102,7 +103,7 @@ def main() -> int:
     for bits, (scheme, _) in SCHEMES.items():
         start = time.time()
         path = arguments.out / f"w{bits}.safetensors"
-        if isinstance(scheme, eq.Cayley):
+        if bits == 8:
             codes: Any = eq.quantize(model, scheme)
             codes.preprocessing = data.preprocessing
         else:

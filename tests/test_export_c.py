@@ -22,6 +22,7 @@ from shipping import (
     CLASSES,
     FEATURES,
     INPUTS,
+    STRICT,
     build_and_run,
     compilers,
     exact,
@@ -60,6 +61,16 @@ def test_the_self_test_passes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     cc = need_compiler()
     written(tmp_path / "net", kind)
     assert "bit for bit" in build_and_run(tmp_path / "net", cc, "-O1")
+
+
+@pytest.mark.parametrize("kind", ["cayley-8-8", "cayley-6-1-2", "factored-2", "factored-11"])
+def test_the_host_build_compiles_strictly(kind: str, tmp_path: Path) -> None:
+    cc = need_compiler()
+    written(tmp_path / "net", kind)
+    for flags in (("-O3",), ("-O1", "-fopenmp")):
+        command = [cc, *STRICT, *flags, "-c", str(tmp_path / "net" / "eqnet_host.c"), "-o", str(tmp_path / "host.o")]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
 
 
 @pytest.mark.slow

@@ -142,7 +142,12 @@ class Runtime:
         grid = self.grid
         if values.ndim != 2 or values.shape[1] != grid.features:
             raise InputError(f"the input has shape {values.shape}; (batch, {grid.features}) is needed")
-        if values.size and (int(values.min()) < grid.low or int(values.max()) > grid.high):
+        held = np.iinfo(values.dtype)  # a type that holds nothing outside the range needs no look
+        if (
+            (held.min < grid.low or held.max > grid.high)
+            and values.size
+            and (int(values.min()) < grid.low or int(values.max()) > grid.high)
+        ):
             raise InputError(
                 f"raw inputs from {int(values.min())} to {int(values.max())} lie outside the declared range "
                 f"[{grid.low}, {grid.high}]"

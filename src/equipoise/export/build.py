@@ -86,7 +86,7 @@ def build(model: nn.Module, reference: nn.Module | None, calibration: Tensor | N
     bounds = equilibrium_bounds(own, real, against, plan.iteration, steps, grid)
     head, head_affine, score_unit = _head(network, plan)
     program = replace(program, head=head_affine)
-    certificate = _certificate(network, own, against, plan, bounds, program, mode, options, grid, (head, score_unit))
+    certificate = _certificate(network, own, against, plan, bounds, program, mode, options, (head, score_unit))
     iteration = plan.iteration.rounding + plan.iteration.truncation(steps)
     per_input = bounds.per_input(iteration) if certificate.certified else None
     return Shipped(program, grid, plan.unit, score_unit, certificate, per_input)
@@ -214,10 +214,10 @@ def _head(network: Network, plan: Plan) -> tuple[CodedLinear | None, Affine | No
 
 def _certificate(
     network: Network, own: Exact, against: Reference, plan: Plan, bounds: Bounds, program: Program, mode: str,
-    options: Options, grid: Grid, head: tuple[CodedLinear | None, float | None],
+    options: Options, head: tuple[CodedLinear | None, float | None],
 ) -> ShipCertificate:  # fmt: skip
     """Everything that is known, None where it is not finite."""
-    rounding = plan.iteration.rounding + (bounds.input_slip if grid.natural else bounds.input_rounding)
+    rounding = plan.iteration.rounding + bounds.input_slip
     truncation = plan.iteration.truncation(program.steps)
     error = bounds.displacement + rounding + truncation
     scores = error

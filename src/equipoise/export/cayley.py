@@ -33,7 +33,7 @@ class _Map:
             )
         self.alpha = float(weights.alpha)
         C, U, b = self.C.real(), injection.weight.real(), injection.bias_real()
-        self.rho = verified.spectral_norm(C)
+        self.rho = verified.spectral_norm(C, verified.UNIT * verified.absolute_norm(C))  # a float64 scale rounds
         self.rows = verified.row_norms(C).numpy()
         self.q = box.entries(U, b)
         plus = C + torch.eye(len(C), dtype=torch.float64)

@@ -118,7 +118,8 @@ def plan_floating(network: Network, box: Box) -> Floating:
     weights = network.layer.recurrent
     if isinstance(weights, CayleyWeight):
         alpha, C = float(weights.alpha), weights.C.dequantize()
-        rho, spread = verified.spectral_norm(C), verified.absolute_norm(C)
+        spread = verified.absolute_norm(C)
+        rho = verified.spectral_norm(C, verified.UNIT * spread)
         terms, gain = len(C) + 8, spread
         start = alpha * (1 + rho) * q
         start_error = alpha * ((1 + rho) * q_error + _gamma(terms) * (1 + spread) * (q + q_error)) * SLACK

@@ -130,7 +130,7 @@ def equilibrium_bounds(
     displacement = min(one, other) * SLACK if delta_W or moved else 0.0
     return Bounds(
         displacement,
-        theirs.slip(half_step(grid) + slip),
+        theirs.slip(half_step(grid) + slip) if grid.natural else theirs.slip(slip),
         theirs.slip(slip),
         solution,
         delta_W,
