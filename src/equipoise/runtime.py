@@ -21,7 +21,7 @@ from .export.grid import Grid
 
 __all__ = ["Runtime", "compiler", "load"]
 
-FLAGS = ("-std=c99", "-O3", "-fPIC", "-shared")
+FLAGS = ("-std=c99", "-O3", "-funroll-loops", "-fPIC", "-shared")
 TUNED = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Tried in this order: not every compiler has OpenMP's runtime or knows the machine."""
 

@@ -133,14 +133,16 @@ def host(shipped: Shipped) -> str:
         "eqnet_solve",
         "eqnet_inject_codes",
     )
-    product = "eqnet_dot_inject"
+    product, width = "eqnet_dot_inject", program.features
+    solve = "        for (k = 0; k < count; ++k) {\n            status[k] = eqnet_solve(p[k], all[k]);\n        }\n"
     if affine.bits < 8:
         affine = replace(affine, bits=8)
         codes, product = "eqnet_host_codes", "eqnet_host_dot_inject"
         parts += [array("int8_t", codes, affine.codes.flatten().tolist()), dot(product, 8, "eqnet_input")]
     if isinstance(program, CayleyProgram):
-        parts += _wide_cayley(program)
-        solve = "eqnet_host_solve"
+        width = -(-program.features // 64) * 64
+        parts += _wide_cayley(program, width)
+        solve = "        eqnet_host_solve(p, count, all, status);\n"
     terms, stride = _terms(affine, product, "image", "inject")
     parts.append(
         template(
@@ -152,6 +154,7 @@ def host(shipped: Shipped) -> str:
             stride=stride,
             shift=affine.shift,
             solve=solve,
+            width=width,
             range_check=_range_check(program, shipped.grid.ctype, own_index=True),
             scores=HEAD_OF_A_TILE if program.head is not None else "",
         )
@@ -171,18 +174,22 @@ def _terms(affine: Affine, product: str, x: str, tables: str) -> tuple[list[str]
     return lines, at
 
 
-def _wide_cayley(program: CayleyProgram) -> list[str]:
+def _wide_cayley(program: CayleyProgram, width: int) -> list[str]:
     """The solver on rows of plain bytes, filled up with zeros to whole vectors."""
-    n, lanes = program.features, 64 if program.state_type == "uint8_t" else 32
-    width = -(-n // lanes) * lanes
-    codes = np.zeros((n, width), dtype=np.int64)
-    codes[:, :n] = program.C.codes
+    codes = np.zeros((program.features, width), dtype=np.int64)
+    codes[:, : program.features] = program.C.codes
     return [
         array("int8_t", "eqnet_host_C", codes.flatten().tolist()),
         dot("eqnet_host_dot_start", 8, "int32_t"),
         dot("eqnet_host_dot_step", 8, "eqnet_state"),
-        _cayley_solver(program, "eqnet_host", width, width),
+        template("cayley_tile.c", tile=TILE, width=width, **_start(program)),
     ]
+
+
+def _start(program: CayleyProgram) -> dict[str, object]:
+    """The constants that both solvers share."""
+    lift = f"INT64_C({1 << (program.shift - program.fraction)})"
+    return {"start_own": program.start_own, "start_shift": program.start_shift, "lift": lift}
 
 
 def _affine(affine: Affine, name: str, ctype: str, words: str) -> list[str]:
@@ -216,27 +223,23 @@ def _cayley(program: CayleyProgram) -> list[str]:
         dot("eqnet_dot_start", bits, "int32_t"),
         dot("eqnet_dot_step", bits, "eqnet_state"),
         template("size.c", half=f"UINT64_C({1 << (program.shift - 1)})", shift=program.shift),
-        _cayley_solver(program, "eqnet", stride, 0),
+        _cayley_solver(program, stride),
     ]
 
 
-def _cayley_solver(program: CayleyProgram, prefix: str, stride: int, width: int) -> str:
-    """The iteration; ``width``: columns of rows filled up with zeros, 0 where they are not."""
+def _cayley_solver(program: CayleyProgram, stride: int) -> str:
+    """The iteration; without looks at the range where that is proved."""
+    checked = program.checked
     return template(
         "cayley.c",
-        prefix=prefix,
         steps=program.steps,
         stride=stride,
-        width=width or "EQNET_FEATURES",
-        zeros=" = {{0}}" if width else "",
-        start_own=program.start_own,
-        start_shift=program.start_shift,
-        lift=f"INT64_C({1 << (program.shift - program.fraction)})",
-        over="    uint64_t over = 0;\n" if program.checked else "",
-        check="        over |= size;\n" if program.checked else "",
-        step_check="            over |= size;\n" if program.checked else "",
-        kept="(size & EQNET_LIMIT)" if program.checked else "size",
-        status="over > EQNET_LIMIT ? EQNET_ITERATE_RANGE : EQNET_OK" if program.checked else "EQNET_OK",
+        over="    uint64_t over = 0;\n" if checked else "",
+        check="        over |= size;\n" if checked else "",
+        step_check="            over |= size;\n" if checked else "",
+        kept="(size & EQNET_LIMIT)" if checked else "size",
+        status="over > EQNET_LIMIT ? EQNET_ITERATE_RANGE : EQNET_OK" if checked else "EQNET_OK",
+        **_start(program),
     )
 
 
