@@ -211,6 +211,7 @@ def test_structured_gradients_are_those_of_the_rounded_factors(bits: int, learn_
     x, y = batch(F64)
     loss(model, x, y).backward()
     codes, linear = eq.convert(model)[0].recurrent, model[0].injection
+    assert (codes.A.bits, codes.K.bits) == (bits, 4)
     A, K, m = codes.A.dequantize(), codes.K.dequantize(), float(codes.margin)
     _, U, b, *_ = parts(model)
     exact = eq.MonDEQ.from_factors(A, K / 2, m, U, b, learn_margin=learn_margin)

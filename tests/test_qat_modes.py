@@ -347,7 +347,7 @@ def test_models_in_the_wrong_state_are_refused(tmp_path: Path) -> None:
             lambda m: eq.certify(quantized if len(list(m.children())) == 2 else quantized[0], m),
             lambda m: build_ladder(m, digits, ["structured"], [2]),
         ):  # fmt: skip
-            with pytest.raises(StructureError, match=r"convert it first|cannot be saved"):
+            with pytest.raises(StructureError, match=r"convert it first"):
                 use(model)
     assert not list(tmp_path.iterdir())
 

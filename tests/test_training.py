@@ -1,79 +1,32 @@
-"""Training: it learns, repeats itself, stops on Ctrl-C, goes on where it stopped, and leaves no litter."""
+"""Training: it learns, repeats itself, writes what it says, and refuses what it cannot do."""
 
 from __future__ import annotations
 
 import csv
-import os
-import signal
+import re
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import equipoise as eq
 from equipoise.data import Data, Split, load_data
-from equipoise.errors import FileFormatError, InputError, OptionError, OutputError
+from equipoise.errors import ConvergenceError, InputError, OptionError, OutputError
 from equipoise.training import FitResult, TrainingConfig, evaluate, fit
-
-SHORT = TrainingConfig(epochs=4, learning_rate=1e-2, accelerator="cpu")
-STEPS = 10  # of an epoch: 1,257 samples in batches of 128
+from trainings import SHORT, at_step, explicit, implicit, same, untimed
 
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
     return load_data("digits")
-
-
-def explicit(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
-def implicit(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(eq.MonDEQ(64, 16, rank=4, margin=0.5, learn_margin=True), nn.Linear(16, 10))
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-
-
-def untimed(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
-
-
-def at_step(model: nn.Module, step: int, act: Callable[[], None]) -> nn.Module:
-    """``model``, calling ``act`` in the forward pass of a training step, counted from 1."""
-    seen = 0
-
-    def hook(module: nn.Module, given: Any, output: Tensor) -> None:
-        nonlocal seen
-        seen += module.training
-        if module.training and seen == step:
-            act()
-
-    model.register_forward_hook(hook)
-    return model
-
-
-def press_ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Any:
-    """Ctrl-C works as in a terminal, whatever started the tests; and fit must leave it as it was."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    after = signal.signal(signal.SIGINT, before)
-    assert after is signal.default_int_handler
 
 
 # What it is for
@@ -104,7 +57,9 @@ def test_a_step_is_adam_on_the_mean_cross_entropy(digits: Data) -> None:
     model, by_hand = explicit(), explicit()
     config = TrainingConfig(epochs=2, learning_rate=0.01, weight_decay=0.1, accelerator="cpu")
     result = fit(model, data, config, progress=False)
-    optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.1)
+    matrices, vectors = ([p for p in by_hand.parameters() if p.ndim == n] for n in (2, 1))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=3)
     for row in result.history:
         loss = nn.functional.cross_entropy(by_hand(data.train.x), data.train.y)
@@ -160,6 +115,54 @@ def test_a_model_in_double_precision_stays_there(digits: Data) -> None:
     assert (result.accuracy_test or 0) > 0.9
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert not model.training
+
+
+def test_a_prepared_model_is_logged_as_the_codes_it_becomes(digits: Data, tmp_path: Path) -> None:
+    model = eq.prepare_qat(implicit(), eq.Structured(2, input_bits=4))
+    result = fit(model, digits, SHORT, out_dir=tmp_path, progress=False)
+    codes = eq.convert(model)
+    assert result.margin == result.history[-1]["margin"] == eq.margin(codes)
+    assert result.accuracy_test == evaluate(codes, digits.test)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert {"loss", "accuracy", "validation_accuracy", "margin", "steps"} <= last.keys()
+    assert float(last["margin"]) == result.margin
+    assert result.target_met is None
+
+
+def unguarded() -> nn.Module:
+    """A layer whose W is free: nothing in training keeps its margin."""
+    torch.manual_seed(0)
+    layer = eq.MonDEQ.from_weights(0.97 * torch.eye(16), torch.randn(16, 64) / 8, torch.zeros(16))
+    return nn.Sequential(layer, nn.Linear(16, 10))
+
+
+@pytest.mark.filterwarnings("ignore::equipoise.ConvergenceWarning")
+def test_training_stops_after_the_epoch_that_lost_the_margin(digits: Data, tmp_path: Path) -> None:
+    stopping = replace(SHORT, weight_decay=0.0, stop_on_lost_margin=True)
+    result = fit(unguarded(), digits, stopping, out_dir=tmp_path, progress=False)
+    assert result.margin is not None
+    assert result.margin <= 0
+    assert len(result.history) < 4
+    assert all(row["margin"] > 0 for row in result.history[:-1])
+    assert result.stopped is not None
+    assert re.search(rf"after epoch {len(result.history)} of 4, only {result.margin:.6g}", result.stopped)
+    assert not result.interrupted
+    again = fit(unguarded(), digits, stopping, out_dir=tmp_path, resume=True, progress=False)
+    assert (again.stopped, again.history, again.accuracy_test) == (result.stopped, result.history, result.accuracy_test)
+    guarded = fit(implicit(), digits, stopping, progress=False)
+    assert (guarded.stopped, len(guarded.history)) == (None, 4)
+
+
+@pytest.mark.filterwarnings("ignore::equipoise.ConvergenceWarning")
+def test_weights_that_diverge_are_told_and_the_last_good_epoch_stays(digits: Data, tmp_path: Path) -> None:
+    model, wild = explicit(), replace(SHORT, learning_rate=1e30)
+    with pytest.raises(ConvergenceError, match=r"diverged in epoch 1.*learning_rate \(1e\+30\)"):
+        fit(model, digits, wild, out_dir=tmp_path, progress=False)
+    weights = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+    with pytest.raises(ConvergenceError, match="diverged"):
+        fit(implicit(), digits, wild, progress=False)
 
 
 def test_a_layers_own_warnings_are_heard(digits: Data) -> None:
@@ -225,140 +228,6 @@ def test_a_folder_that_cannot_be_written_is_refused(digits: Data, tmp_path: Path
         fit(explicit(), digits, SHORT, out_dir=tmp_path / "file" / "inside", progress=False)
 
 
-# Ctrl-C
-
-
-@pytest.mark.parametrize("make", [explicit, implicit])
-def test_ctrl_c_keeps_the_last_epoch_and_resuming_equals_never_stopping(
-    make: Callable[[], nn.Module], digits: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    whole = make()
-    expected = fit(whole, digits, SHORT, progress=False)
-    stopped = at_step(make(), 2 * STEPS + 4, press_ctrl_c)
-    result = fit(stopped, digits, SHORT, out_dir=tmp_path / "here")
-    assert result.interrupted
-    assert (result.accuracy_validation, result.accuracy_test) == (None, None)
-    assert untimed(result.history) == untimed(expected.history[:2])
-    assert result.checkpoint is not None
-    weights = torch.load(result.checkpoint, weights_only=True)["state_dict"]
-    assert not all(torch.equal(weights[f"model.{k}"], v) for k, v in stopped.state_dict().items())
-    moved = (tmp_path / "here").rename(tmp_path / "there")
-    resumed = make()
-    final = fit(resumed, digits, SHORT, out_dir=moved, resume=True)
-    assert same(resumed, whole)
-    assert untimed(final.history) == untimed(expected.history)
-    assert (final.interrupted, final.accuracy_test) == (False, expected.accuracy_test)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("step", [1, STEPS])
-def test_ctrl_c_in_the_first_epoch_keeps_the_initial_weights(step: int, digits: Data, tmp_path: Path) -> None:
-    result = fit(at_step(explicit(), step, press_ctrl_c), digits, SHORT, out_dir=tmp_path, progress=False)
-    assert result.interrupted
-    assert (result.history, result.seconds_per_epoch) == ([], None)
-    weights = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(weights[f"model.{k}"], v) for k, v in explicit().state_dict().items())
-    resumed, whole = explicit(), explicit()
-    fit(resumed, digits, SHORT, out_dir=tmp_path, resume=True, progress=False)
-    fit(whole, digits, SHORT, progress=False)
-    assert same(resumed, whole)
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_step(digits: Data) -> None:
-    reached = []
-
-    def twice() -> None:
-        press_ctrl_c()
-        press_ctrl_c()
-        reached.append("the rest of the step")
-
-    assert fit(at_step(explicit(), 3, twice), digits, SHORT, progress=False).interrupted
-    assert not reached
-
-
-def test_ctrl_c_stays_ignored_in_a_background_job(digits: Data) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        result = fit(at_step(explicit(), 3, press_ctrl_c), digits, SHORT, progress=False)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert not result.interrupted
-
-
-def test_other_errors_come_through(digits: Data, tmp_path: Path) -> None:
-    def fail() -> None:
-        raise ZeroDivisionError("of the user's own")
-
-    def leave() -> None:
-        sys.exit(3)
-
-    with pytest.raises(ZeroDivisionError, match="of the user's own"):
-        fit(at_step(explicit(), 3, fail), digits, SHORT, progress=False)
-    with pytest.raises(SystemExit, match="3"):
-        fit(at_step(explicit(), 3, leave), digits, SHORT, progress=False)
-
-
-PROGRAM = """
-import os, signal, sys, torch
-from torch import nn
-from equipoise.data import load_data
-from equipoise.training import TrainingConfig, fit
-torch.set_num_threads(1)
-model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-steps = 0
-def tell(module, given, output):
-    global steps
-    steps += module.training
-    if steps == 25:
-        print("training", flush=True)
-model.register_forward_hook(tell)
-config = TrainingConfig(epochs=int(sys.argv[1]), accelerator="cpu")
-result = fit(model, load_data("digits"), config, sys.argv[2])
-print(result.interrupted, len(result.history) >= 2, result.checkpoint.exists())
-sys.exit(130 if result.interrupted else 0)
-"""
-
-
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
-    )
-
-
-def test_ctrl_c_from_outside_ends_a_process_without_a_traceback(tmp_path: Path) -> None:
-    process = start("100000", str(tmp_path))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "training\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "True True True\n", "")
-
-
-def test_a_kill_leaves_a_checkpoint_to_resume(digits: Data, tmp_path: Path) -> None:
-    process = start("100000", str(tmp_path))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "training\n"
-    process.kill()
-    process.communicate(timeout=60)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert len(saved["equipoise"]["history"]) >= 1
-    assert saved["epoch"] + 1 >= 1
-
-
-def test_the_bar_is_drawn_on_stderr(tmp_path: Path) -> None:
-    process = start("30", str(tmp_path), TTY_COMPATIBLE="1", TERM="xterm", COLUMNS="100")
-    out, err = process.communicate(timeout=60)
-    assert out == "training\nFalse True True\n"
-    assert "epoch 30/30" in err
-    assert "% right" in err
-
-
 # Refusals
 
 
@@ -374,6 +243,10 @@ def test_the_bar_is_drawn_on_stderr(tmp_path: Path) -> None:
         {"weight_decay": -0.1},
         {"seed": -1},
         {"accelerator": "quantum"},
+        {"devices": 0},
+        {"nodes": -1},
+        {"stop_on_lost_margin": 1},
+        {"margin": 0.05},
     ],
 )
 def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
@@ -401,38 +274,6 @@ def test_a_model_of_other_shapes_is_refused(model: nn.Module, says: str, digits:
     with pytest.raises(InputError, match=says):
         fit(model, digits, SHORT, out_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_resuming_with_another_configuration_says_which_field(digits: Data, tmp_path: Path) -> None:
-    fit(explicit(), digits, SHORT, out_dir=tmp_path, progress=False)
-    for change in ({"epochs": 5}, {"batch_size": 64}, {"seed": 3}):
-        config = TrainingConfig(**{"epochs": 4, "learning_rate": 1e-2, "accelerator": "cpu", **change})  # type: ignore[arg-type]
-        name, value = next(iter(change.items()))
-        with pytest.raises(OptionError, match=f"written with {name}=.*not {value}"):
-            fit(explicit(), digits, config, out_dir=tmp_path, resume=True)
-    with pytest.raises(OptionError, match="other names or shapes"):
-        fit(nn.Linear(64, 10), digits, SHORT, out_dir=tmp_path, resume=True)
-
-
-def test_resuming_what_is_not_there_starts_at_the_beginning(digits: Data, tmp_path: Path) -> None:
-    first, second = explicit(), explicit()
-    fit(first, digits, SHORT, out_dir=tmp_path, resume=True, progress=False)
-    fit(second, digits, SHORT, progress=False)
-    assert same(first, second)
-
-
-@pytest.mark.parametrize("content", ["truncated", "junk", "empty", "foreign", "pickled"])
-def test_a_damaged_checkpoint_is_refused(content: str, digits: Data, tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    if content == "truncated":
-        fit(explicit(), digits, SHORT, out_dir=tmp_path, progress=False)
-        path.write_bytes(path.read_bytes()[:-200])
-    elif content in ("foreign", "pickled"):
-        torch.save({"state_dict": {}} if content == "foreign" else {"equipoise": SHORT}, path)
-    else:
-        path.write_bytes(b"junk" * (content == "junk"))
-    with pytest.raises(FileFormatError, match=r"last\.ckpt is not a checkpoint of this trainer, or damaged"):
-        fit(explicit(), digits, SHORT, out_dir=tmp_path, resume=True)
 
 
 def test_without_lightning_the_extra_is_named() -> None:

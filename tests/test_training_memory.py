@@ -84,7 +84,8 @@ def test_a_habit_comes_a_step_earlier_after_patience_and_goes_back_at_once() -> 
 def test_trained_layers_look_where_solves_end_and_still_reach_the_tolerance() -> None:
     model = trained(60, training_tol=1e-3)
     layer = model[0]
-    assert isinstance(layer, eq.MonDEQ) and layer.training_memory is not None
+    assert isinstance(layer, eq.MonDEQ)
+    assert layer.training_memory is not None
     assert layer.training_memory.forward.first is not None
     exact = copy.deepcopy(layer).double().eval().solve(X.double(), tol=1e-10).value
     found = layer(X).detach()
@@ -114,7 +115,8 @@ def test_proved_solutions_never_use_an_approximate_inverse() -> None:
     assert layer.training_memory is not None
     used = layer.training_memory.cayley
     alpha = layer.training_memory.tuning.alpha
-    assert used is not None and not torch.equal(used, DenseOperator(layer.weight.detach()).cayley(alpha))
+    assert used is not None
+    assert not torch.equal(used, DenseOperator(layer.weight.detach()).cayley(alpha))
     solution = layer.solve(X, tol=1e-6)
     assert bool(solution.converged.all())
     W, U, b = (t.detach().double() for t in (layer.weight, layer.input_weight, layer.bias))
@@ -136,14 +138,16 @@ def test_the_tolerance_of_training_is_left_behind_in_evaluation() -> None:
 def test_weights_that_jump_are_met_with_a_new_search() -> None:
     model = trained(20)
     layer = model[0]
-    assert isinstance(layer, eq.MonDEQ) and layer.training_memory is not None
+    assert isinstance(layer, eq.MonDEQ)
+    assert layer.training_memory is not None
     before = layer.training_memory
     layer(X)
     assert layer.training_memory is before
     with torch.no_grad():
         layer.recurrent.B.mul_(40)  # type: ignore[operator]
     layer(X)
-    assert isinstance(layer.training_memory, Memory) and layer.training_memory is not before
+    assert isinstance(layer.training_memory, Memory)
+    assert layer.training_memory is not before
 
 
 def test_the_same_weights_give_the_same_answer_however_often_they_are_asked() -> None:

@@ -25,6 +25,7 @@ from .export import export
 from .files import load, save
 from .importers import import_model
 from .layers import MonDEQ
+from .penalties import MarginPenalty
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
@@ -63,6 +64,7 @@ __all__ = [
     "InputError",
     "IterateFloor",
     "LeakyReLU",
+    "MarginPenalty",
     "MissingExtraError",
     "MonDEQ",
     "NotWellPosedError",

@@ -16,6 +16,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ._machines import anyone
 from .errors import MissingExtraError
 
 try:
@@ -32,7 +33,10 @@ class Interrupted(Exception):
 
 
 class Interrupt(Callback):
-    """Turns the first Ctrl-C into :class:`Interrupted` at the end of the step; a second one acts at once."""
+    """Turns the first Ctrl-C into :class:`Interrupted` at the end of the step; a second one acts at once.
+
+    Of several processes all stop at the same step, whichever of them was told.
+    """
 
     asked = False
 
@@ -54,7 +58,7 @@ class Interrupt(Callback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _heed(self, *_: Any, **__: Any) -> None:
-        if self.asked:
+        if anyone(self.asked):
             raise Interrupted
 
     on_train_start = on_train_epoch_start = on_train_batch_end = on_validation_batch_end = _heed
@@ -63,6 +67,8 @@ class Interrupt(Callback):
 class Files(Checkpoint):
     """Replaces the checkpoint and ``metrics.csv`` after every epoch: a kill at any moment leaves whole files.
 
+    Of several processes the first writes; all take part in making the checkpoint.
+
     Not Lightning's ModelCheckpoint, whose state names folders: this one resumes after a folder has moved.
     """
 
@@ -70,12 +76,16 @@ class Files(Checkpoint):
         self.checkpoint = checkpoint
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.checkpoint.exists():
+        if trainer.current_epoch == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-        history = cast(Any, pl_module).history
+        if trainer.is_global_zero:
+            self.write_table(cast(Any, pl_module).history)
+
+    def write_table(self, history: list[dict[str, float]]) -> None:
+        """``metrics.csv`` with a row per epoch."""
         scratch = self.checkpoint.with_name("metrics.csv.tmp")
         with scratch.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, fieldnames=list(history[-1]))
@@ -86,7 +96,8 @@ class Files(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         scratch = self.checkpoint.with_name(self.checkpoint.name + ".tmp")
         trainer.save_checkpoint(scratch)
-        os.replace(scratch, self.checkpoint)
+        if trainer.is_global_zero:
+            os.replace(scratch, self.checkpoint)
 
 
 class Bar(Callback):
@@ -109,7 +120,8 @@ class Bar(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = cast(int, trainer.max_epochs) * int(trainer.num_training_batches)
         self._progress.update(self._task, total=steps, completed=trainer.global_step)
-        self._progress.start()
+        if trainer.is_global_zero:
+            self._progress.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         now = time.monotonic()

@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 # First, since it says what to install where Lightning is missing.
 from ._callbacks import Bar, Files, Interrupt, Interrupted
+from ._config import TrainingConfig
+from ._machines import anyone, together, total, world
 from .data import Batches, Split
-from .errors import ConvergenceWarning, MissingExtraError, OptionError
+from .errors import ConvergenceError, ConvergenceWarning, InputError, MissingExtraError, OptionError
+from .layers.chain import EQUILIBRIUM
 
 # isort: split
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-__all__ = ["Classifier", "Row", "placed", "run"]
+__all__ = ["Classifier", "Row", "lost_margin", "placed", "quiet", "run"]
 
 Row = dict[str, float]
 VALIDATION_BATCH = 10_000
@@ -45,7 +50,9 @@ class Classifier(LightningModule):
 
     One batch is one step, taken by hand: Lightning's closures and hooks around an automatic step cost up to
     half of a small network's step. Scores are kept and summed up once per epoch, so that no step waits for
-    a number. ``identity`` goes into every checkpoint, with the history of the epochs.
+    a number. ``identity`` goes into every checkpoint, with the history of the epochs. What a layer remembers from
+    one call to the next is forgotten, and the global generator seeded, where an epoch starts: so a run that goes on
+    from a checkpoint is the same as one that never stopped.
     """
 
     def __init__(
@@ -53,15 +60,15 @@ class Classifier(LightningModule):
         model: nn.Module,
         train: Batches,
         validation: Split,
-        learning_rate: float,
-        weight_decay: float,
+        config: TrainingConfig,
         identity: dict[str, Any],
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.train_batches, self.validation_split = train, validation
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.validation_batches = Batches(validation, VALIDATION_BATCH)
+        self.config = config
         self.identity = identity
         self.history: list[Row] = []
         self._scores: list[tuple[Tensor, Tensor]] = []
@@ -75,39 +82,67 @@ class Classifier(LightningModule):
             super().__setattr__(name, value)
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        # biases, a learned margin and learned scales are no size to be kept small
+        decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("log_scale")]
+        kept = [p for name, p in named if p.ndim <= 1 or name.endswith("log_scale")]
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
+        adam = torch.optim.AdamW([group for group in groups if group["params"]], rate, fused=True)
         # One more than there are: the schedule is stepped after the last one, too.
         steps = cast(int, self.trainer.max_epochs) * len(self.train_batches) + 1
-        return [adam], [torch.optim.lr_scheduler.OneCycleLR(adam, self.learning_rate, total_steps=steps)]
+        return [adam], [torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps)]
 
     def train_dataloader(self) -> Any:
         self.train_batches.split = placed(self.train_batches.split, self.model)
+        self.train_batches.share(*world())
         return self.train_batches
 
     def val_dataloader(self) -> Any:
-        return Batches(placed(self.validation_split, self.model), VALIDATION_BATCH)
+        self.validation_batches.split = placed(self.validation_split, self.model)
+        self.validation_batches.share(*world())
+        return self.validation_batches
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # it is there already
 
     def on_train_epoch_start(self) -> None:
         self.train_batches.set_epoch(self.current_epoch)
+        for layer in self.model.modules():
+            if isinstance(layer, EQUILIBRIUM):
+                layer.forget_tuning()
+        entropy = self.config.seed, self.current_epoch, world()[0]  # each process drops units of its own
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self._started = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         optimizer, schedule = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
-        scores = self.model(x)
+        penalty = self.config.margin
+        if penalty is not None:
+            penalty.project(self.model)
+        try:
+            scores = self.model(x)
+        except InputError as error:
+            if not bool(torch.isfinite(x).all()):
+                raise
+            raise self._diverged() from error
+        weight = self.train_batches.weight(batch_idx)
+        loss = cross_entropy(scores, y) * weight
+        if penalty is not None:
+            loss = loss + penalty.penalty(self.model)
         optimizer.zero_grad()
-        self.manual_backward(cross_entropy(scores, y))
+        self.manual_backward(loss)
         optimizer.step()
         schedule.step()
-        self._scores.append((scores.detach(), y))
+        if weight:
+            self._scores.append((scores.detach(), y))
 
     def on_validation_start(self) -> None:
         rate = cast(Any, self.lr_schedulers()).get_last_lr()[0]
         loss, accuracy = self._summed_up()
+        if not math.isfinite(loss):
+            raise self._diverged()
         seconds = time.perf_counter() - self._started
         epoch = float(self.current_epoch + 1)
         self._row = {
@@ -117,10 +152,21 @@ class Classifier(LightningModule):
             "learning_rate": rate,
             "seconds": seconds,
         }
+        if self.config.margin is not None:
+            self.config.margin.project(self.model)  # what is saved and evaluated holds it
+
+    def _diverged(self) -> ConvergenceError:
+        return ConvergenceError(
+            f"training diverged in epoch {self.current_epoch + 1}: the loss or the weights became NaN or infinite. "
+            f"Lower learning_rate ({self.config.learning_rate:g}); at few bits drive the margin with "
+            "equipoise.MarginPenalty, or use the Structured scheme, which cannot lose it"
+        )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        self._scores.append((self.model(x), y))
+        scores = self.model(x)
+        if self.validation_batches.weight(batch_idx):
+            self._scores.append((scores, y))
 
     def on_validation_end(self) -> None:
         self._row["validation_loss"], self._row["validation_accuracy"] = self._summed_up()
@@ -130,18 +176,30 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log_dict({name: value for name, value in self._row.items() if name != "epoch"})
+        if anyone(self.config.stop_on_lost_margin and lost_margin(self.history)):
+            self.trainer.should_stop = True
 
     def _summed_up(self) -> tuple[float, float]:
-        """Mean loss and accuracy of the scores seen since the last call."""
-        scores, y = (torch.cat(parts) for parts in zip(*self._scores, strict=True))
-        self._scores.clear()
-        return float(cross_entropy(scores, y)), float((scores.argmax(1) == y).double().mean())
+        """Mean loss and accuracy of the scores seen since the last call, by all processes."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        if self._scores:
+            scores, y = (torch.cat(parts) for parts in zip(*self._scores, strict=True))
+            self._scores.clear()
+            loss, hits = cross_entropy(scores, y, reduction="sum"), (scores.argmax(1) == y).sum()
+            sums += torch.tensor([float(loss), float(hits), len(y)], dtype=torch.float64)
+        loss_sum, right, count = total(sums).tolist()
+        return loss_sum / count, right / count
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["equipoise"] = {"identity": self.identity, "history": self.history}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["equipoise"]["history"])
+
+
+def lost_margin(history: list[Row]) -> bool:
+    """Whether the last epoch ended without a proved margin."""
+    return bool(history) and history[-1].get("margin", 1.0) <= 0
 
 
 @torch.no_grad()
@@ -165,65 +223,90 @@ def _equilibrium(model: nn.Module, x: Tensor) -> Row:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Lightning's remarks on hardware, its tips and its advice; our own warnings pass."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def run(
-    module: Classifier,
-    epochs: int,
-    seed: int,
-    accelerator: str,
-    checkpoint: Path | None,
-    resume: bool,
-    progress: bool,
-) -> bool:
-    """Train; returns whether Ctrl-C ended it. Leaves global generators and signal handlers as they were."""
+def run(module: Classifier, epochs: int, checkpoint: Path | None, resume: bool, progress: bool) -> bool:
+    """Train; returns whether Ctrl-C ended it. Leaves global generators and signal handlers as they were.
+
+    Of several processes only the first returns, the others end here.
+    """
+    config = module.config
     interrupt = Interrupt()
     callbacks: list[Callback] = [interrupt]
     logger: TensorBoardLogger | None = None
     if progress:
         callbacks.append(Bar())
-    if checkpoint is not None:
-        callbacks.append(Files(checkpoint))
-        try:
-            logger = TensorBoardLogger(checkpoint.parent, "", "tensorboard", default_hp_metric=False)
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("logs need tensorboard: pip install 'equipoise[train]'") from error
-    with _quiet(), interrupt.listening(), torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        try:
-            trainer = Trainer(
-                max_epochs=epochs,
-                accelerator=accelerator,
-                devices=1,
-                logger=logger or False,
-                callbacks=callbacks,
-                enable_checkpointing=checkpoint is not None,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                log_every_n_steps=2**31,  # rows are logged once per epoch
-                inference_mode=False,  # what layers cache in validation must still serve training
-            )
-        except (MisconfigurationException, ValueError) as error:
-            raise OptionError(f"accelerator={accelerator!r} cannot be used here: {error}") from error
-        try:
-            trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
-        except Interrupted:
+    files = None if checkpoint is None else Files(checkpoint)
+    if files is not None:
+        callbacks.append(files)
+        logger = _board(files.checkpoint.parent)
+    generators = torch.random.fork_rng(range(torch.cuda.device_count()))
+    with quiet(), interrupt.listening(), generators, together(config.devices, config.nodes):
+        torch.manual_seed(config.seed)
+        trainer = _trainer(config, epochs, callbacks, logger)
+        interrupted = _fit(trainer, module, checkpoint if resume else None)
+        if trainer.global_rank > 0:
+            raise SystemExit(0)
+    if files is not None and module.history:
+        files.write_table(module.history)  # a kill may have come between the last checkpoint and its row
+    return interrupted
+
+
+def _board(folder: Path) -> TensorBoardLogger:
+    try:
+        return TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, flush_secs=1)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("logs need tensorboard: pip install 'equipoise[train]'") from error
+
+
+def _trainer(
+    config: TrainingConfig, epochs: int, callbacks: list[Callback], logger: TensorBoardLogger | None
+) -> Trainer:
+    try:
+        return Trainer(
+            max_epochs=epochs,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy="ddp" if config.devices * config.nodes > 1 else "auto",
+            logger=logger or False,
+            callbacks=callbacks,
+            enable_checkpointing=any(isinstance(callback, Files) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=2**31,  # rows are logged once per epoch
+            inference_mode=False,  # what layers cache in validation must still serve training
+        )
+    except (MisconfigurationException, ValueError) as error:
+        asked = f"accelerator={config.accelerator!r}"
+        if config.devices * config.nodes > 1:
+            asked += f" with devices={config.devices}, nodes={config.nodes}"
+        raise OptionError(f"{asked} cannot be used here: {error}") from error
+
+
+def _fit(trainer: Trainer, module: Classifier, start: Path | None) -> bool:
+    """Whether Ctrl-C ended it."""
+    try:
+        trainer.fit(module, ckpt_path=start, weights_only=True)
+    except Interrupted:
+        return True
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning answers a KeyboardInterrupt, here from a second Ctrl-C, with sys.exit(1).
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             return True
-        except (KeyboardInterrupt, SystemExit) as error:
-            # Lightning answers a KeyboardInterrupt, here from a second Ctrl-C, with sys.exit(1).
-            if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-                return True
-            raise
+        raise
     return False

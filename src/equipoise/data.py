@@ -157,11 +157,25 @@ class Batches:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = _checked_seed(seed)
-        self.epoch = 0
+        self.epoch, self.rank, self.ranks = 0, 0, 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
         self.epoch = epoch
+
+    def share(self, rank: int, ranks: int) -> None:
+        """Serve only the part of every batch that falls to one of several processes; sizes differ by one at most."""
+        self.rank, self.ranks = rank, ranks
+
+    def weight(self, index: int) -> float:
+        """What the mean over this process's part of batch ``index`` counts in the mean over all processes.
+
+        Σ_r weight_r mean_r / ranks is then the mean over the whole batch; 1 where nothing is shared, 0 where a
+        batch has fewer samples than there are processes and this one got a sample that is not its own.
+        """
+        size = min(self.batch_size, len(self.split) - index * self.batch_size)
+        mine = size // self.ranks + (self.rank < size % self.ranks)
+        return mine * self.ranks / size
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -169,12 +183,20 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         x, y, size = self.split.x, self.split.y, self.batch_size
         if not self.shuffle:
-            yield from zip(x.split(size), y.split(size), strict=True) if len(y) else ()
+            for parts in zip(x.split(size), y.split(size), strict=True) if len(y) else ():
+                yield self._mine(parts[0]), self._mine(parts[1])
             return
         # numpy's generator: its streams are the same on every device and mix (seed, epoch) properly.
         order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(len(y)))
-        for chosen in order.to(y.device).split(size) if len(y) else ():
+        for batch in order.to(y.device).split(size) if len(y) else ():
+            chosen = self._mine(batch)
             yield x.index_select(0, chosen), y.index_select(0, chosen)
+
+    def _mine(self, batch: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return batch
+        part = batch.tensor_split(self.ranks)[self.rank]
+        return part if len(part) else batch[:1]  # or the others would wait for this process's gradient
 
 
 def _checked_seed(seed: int) -> int:

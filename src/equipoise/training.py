@@ -6,51 +6,26 @@ result when Ctrl-C is pressed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import dataclasses
-import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ._lightning import Classifier, Row, placed, run
+from ._checkpoints import CHECKPOINT_NAME, checkpoint_in, flat, matching, model_fields
+from ._config import TrainingConfig
+from ._lightning import Classifier, Row, lost_margin, placed, run
+from ._machines import check_machines
 from .data import Batches, Data, Split
-from .errors import FileFormatError, InputError, OptionError, OutputError
+from .errors import ConvergenceWarning, InputError
+from .layers.chain import EQUILIBRIUM
+from .penalties import proved
 
-__all__ = ["FitResult", "TrainingConfig", "evaluate", "fit"]
-
-CHECKPOINT_NAME = "last.ckpt"
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train: cross-entropy, fused Adam, one cycle of the learning rate over all steps.
-
-    ``learning_rate`` is the largest of the cycle; ``weight_decay`` is decoupled (AdamW). ``seed`` fixes the
-    order of the samples; initial weights are the caller's. ``accelerator`` is "auto", "cpu", "cuda" or
-    "mps". Raises :class:`OptionError` for a value outside its range.
-    """
-
-    epochs: int
-    batch_size: int = 128
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    accelerator: str = "auto"
-
-    def __post_init__(self) -> None:
-        if type(self.epochs) is not int or self.epochs < 1:
-            raise OptionError(f"epochs={self.epochs!r}: give a positive integer")
-        if not 0 < self.learning_rate < math.inf:
-            raise OptionError(f"learning_rate={self.learning_rate!r}: give a positive number, such as 3e-3")
-        if not 0 <= self.weight_decay < math.inf:
-            raise OptionError(f"weight_decay={self.weight_decay!r}: give 0 or a positive number")
-        if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
-            raise OptionError(f"accelerator={self.accelerator!r}: choose auto, cpu, cuda or mps")
-        empty = Split(torch.empty(0, 1), torch.empty(0, dtype=torch.int64))
-        Batches(empty, self.batch_size, seed=self.seed)  # it knows which sizes and seeds it accepts
+__all__ = ["CHECKPOINT_NAME", "FitResult", "TrainingConfig", "evaluate", "fit"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +36,10 @@ class FitResult:
     over the training split; ``seconds_per_epoch`` is their mean) and, where the model has equilibrium
     layers, their smallest proved ``margin`` and the solver ``steps`` per sample. Accuracies are in [0, 1].
     ``checkpoint`` is None without ``out_dir``.
+
+    ``margin`` is the smallest that is proved of the model's equilibrium layers, of one prepared for quantization that
+    of the codes it would be converted to; ``target_met`` whether all holds that ``config.margin`` asked for, and
+    ``shortfall`` says in words what does not; ``stopped`` why training ended before its last epoch, if it did.
     """
 
     accuracy_validation: float | None
@@ -69,6 +48,10 @@ class FitResult:
     history: list[Row]
     interrupted: bool
     checkpoint: Path | None
+    margin: float | None = None
+    target_met: bool | None = None
+    shortfall: str | None = None
+    stopped: str | None = None
 
 
 def fit(
@@ -83,36 +66,65 @@ def fit(
 
     ``out_dir`` receives ``metrics.csv``, TensorBoard logs in ``tensorboard/``, and ``last.ckpt``, which is
     the last whole epoch (the initial weights before the first one ends). ``resume`` continues from that file
-    as if training had never stopped; where there is none, it starts at the beginning. After Ctrl-C the step
-    under way is finished, the model keeps its weights, and the result says ``interrupted``.
+    as if training had never stopped, to the last bit, also after ``kill -9``; where there is none, it starts at the
+    beginning. After Ctrl-C the step under way is finished, the model keeps its weights, and the result says
+    ``interrupted``.
+
+    With several ``config.devices`` or ``nodes`` Lightning runs the calling script again for each (so it must be a
+    file, and has one such training), or torchrun does; every process comes here with the same arguments, takes its
+    part of every batch, and all have the same gradient. **Only the first process returns**; the others end inside.
+    Machines share the file system that ``out_dir`` lies on.
 
     Raises:
         InputError: the model does not take or return these shapes, or has nothing to train.
         OptionError: resuming with another configuration, data set or model; an accelerator that is not here.
         OutputError: ``out_dir`` cannot be written, or holds a checkpoint and ``resume`` is False.
         FileFormatError: the checkpoint is damaged or something else.
+        StructureError: ``config.margin`` for a model without equilibrium layers.
     """
+    check_machines(config.devices, config.nodes)
     _check_model(model, data)
-    checkpoint = _prepared(Path(out_dir), resume) if out_dir is not None else None
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "accelerator"}
-    module = Classifier(
-        model,
-        Batches(data.train, config.batch_size, shuffle=True, seed=config.seed),
-        data.validation,
-        config.learning_rate,
-        config.weight_decay,
-        identity={"data": data.name, **settings},
-    )
+    checkpoint = checkpoint_in(Path(out_dir), resume) if out_dir is not None else None
+    settings = flat({"data": data.name, **config.course(), "model": model_fields(model)}, "")
+    batches = Batches(data.train, config.batch_size, shuffle=True, seed=config.seed)
+    module = Classifier(model, batches, data.validation, config, settings)
     resume = checkpoint is not None and checkpoint.exists()
-    if checkpoint is not None and resume:
-        _check_checkpoint(checkpoint, module)
+    known = matching(checkpoint, settings, module.state_dict()) if checkpoint is not None and resume else []
+    over = config.stop_on_lost_margin and lost_margin(known)
     device, was_training = next(model.parameters()).device, model.training
+    if config.margin is not None and not resume:
+        config.margin.project(model.eval())  # what has no margin may have no equilibria to learn from
     model.train()
     try:
-        interrupted = run(module, config.epochs, config.seed, config.accelerator, checkpoint, resume, progress)
+        with _coarse(model, config.tol):
+            interrupted = run(module, len(known) if over else config.epochs, checkpoint, resume, progress)
     finally:
         model.to(device).train(was_training)  # Lightning leaves it on the CPU
-    history = module.history
+    return _result(model, data, config, module.history, interrupted, checkpoint)
+
+
+@contextlib.contextmanager
+def _coarse(model: nn.Module, tol: float | None) -> Iterator[None]:
+    """With ``tol`` for the equilibrium layers that have no tolerance of their own for training."""
+    layers = [m for m in model.modules() if isinstance(m, EQUILIBRIUM) and m.training_tol is None]
+    for layer in layers:
+        layer.training_tol = tol
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training_tol = None
+
+
+def _result(
+    model: nn.Module, data: Data, config: TrainingConfig, history: list[Row], interrupted: bool, checkpoint: Path | None
+) -> FitResult:
+    stopped = margin = shortfall = None
+    if not interrupted and config.stop_on_lost_margin and lost_margin(history):
+        epoch, last = history[-1]["epoch"], history[-1]["margin"]
+        stopped = f"no positive margin is proved after epoch {epoch:.0f} of {config.epochs}, only {last:.6g}"
+    if not interrupted:
+        margin, shortfall = proved(model, config.margin)
     return FitResult(
         accuracy_validation=None if interrupted else evaluate(model, data.validation),
         accuracy_test=None if interrupted else evaluate(model, data.test),
@@ -120,6 +132,10 @@ def fit(
         history=history,
         interrupted=interrupted,
         checkpoint=checkpoint,
+        margin=margin,
+        target_met=None if config.margin is None or interrupted else shortfall is None,
+        shortfall=shortfall,
+        stopped=stopped,
     )
 
 
@@ -145,7 +161,9 @@ def _check_model(model: nn.Module, data: Data) -> None:
         raise InputError("the model has no parameters to train (a quantized one holds codes): give a float model")
     sample = placed(Split(data.train.x[:2], data.train.y[:2]), model)
     try:
-        with torch.no_grad():  # of a copy: what a layer learns from a call must not differ after a resume
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # only the shape is of interest
+            # of a copy: what a layer learns from a call must not differ after a resume
             shape = tuple(copy.deepcopy(model).eval()(sample.x).shape)
     except RuntimeError as error:
         raise InputError(f"the model does not take the {data.features} features of {data.name}: {error}") from error
@@ -155,34 +173,3 @@ def _check_model(model: nn.Module, data: Data) -> None:
             f"the model returns shape {shape} for two samples of {data.name}, not {wanted}: end it"
             f" with Linear(…, {data.class_count})"
         )
-
-
-def _prepared(folder: Path, resume: bool) -> Path:
-    checkpoint = folder / CHECKPOINT_NAME
-    if checkpoint.exists() and not resume:
-        raise OutputError(f"{checkpoint} exists: resume it, remove it, or choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{CHECKPOINT_NAME}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
-    return checkpoint
-
-
-def _check_checkpoint(path: Path, module: Classifier) -> None:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        identity, shapes = (
-            saved["equipoise"]["identity"],
-            {k: v.shape for k, v in saved["state_dict"].items()},
-        )
-    except Exception as error:  # damaged files make torch raise a dozen unrelated types
-        raise FileFormatError(f"{path} is not a checkpoint of this trainer, or damaged: {error}") from error
-    for field, value in module.identity.items():
-        if identity.get(field) != value:
-            was = identity.get(field)
-            raise OptionError(f"{path} was written with {field}={was!r}, not {value!r}: resume with the same")
-    if shapes != {k: v.shape for k, v in module.state_dict().items()}:
-        raise OptionError(f"{path} holds weights of other names or shapes: resume with the model that wrote it")

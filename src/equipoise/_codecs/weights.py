@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EquipoiseError, FileFormatError, StructureError
-from ..layers import QuantizedLinear
+from ..layers import PreparedLinear, QuantizedLinear
+from ..operators import PreparedWeight
 from ..operators.quantized import AssembledWeight, CayleyWeight, CompensatedWeight, StructuredWeight
 from ..parametrizations import Dense, Monotone
 from ..parametrizations.monotone import check_margin
@@ -39,6 +40,8 @@ def write_module(module: nn.Module, known: Mapping[str, Codec], out: TensorWrite
     for kind, codec in known.items():
         if type(module) is codec.module:
             return {"kind": kind, **codec.write(module, out)}
+    if isinstance(module, (PreparedWeight, PreparedLinear)):
+        raise StructureError(f"the model is prepared for training with quantization{out.where}; convert it first")
     raise StructureError(
         f"{type(module).__name__}{out.where} cannot be saved; known here: "
         f"{', '.join(dict.fromkeys(codec.module.__name__ for codec in known.values()))}"

@@ -13,14 +13,17 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import EquipoiseError
-from . import judge, make, ship
+from . import judge, make, reproduce, ship, sweep, train
 from .common import BAD, INTERRUPTED, app, say, show_warning, tell
 
 __all__ = ["main"]
 
 make.register(app)
+train.register(app)
+sweep.register(app)
 judge.register(app)
 ship.register(app)
+reproduce.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,41 +1,30 @@
-"""Commands that make models: demo, train, import, quantize."""
+"""Commands that make models: demo, import, quantize."""
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .common import (
-    INTERRUPTED,
     UNMET,
     Bits,
-    DataDir,
-    DataName,
     Force,
     Json,
     Model,
-    OnData,
     Out,
     keep,
     say,
     say_json,
-    tell,
 )
 
 __all__ = ["register"]
 
 
-class ModelName(enum.StrEnum):
-    mondeq = "mondeq"
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(demo)
-    app.command()(train)
     app.command("import")(import_)
     app.command()(quantize)
 
@@ -58,59 +47,6 @@ def demo(
         say(rendered(ladder_words(result.ladder)))
         say(rendered(pairs_table(files.items())), end="")
     return UNMET if result.ladder.chosen is None else 0
-
-
-def train(
-    out: Out,
-    data: OnData = DataName.digits,
-    model: Annotated[ModelName, typer.Option(help="Kind of network.")] = ModelName.mondeq,
-    features: Annotated[int, typer.Option(help="Size of the equilibrium layer.")] = 100,
-    rank: Annotated[
-        int | None, typer.Option(help="Rows of A; default a quarter of the features.", show_default=False)
-    ] = None,
-    margin: Annotated[float, typer.Option(help="Margin to start from; it is learned.")] = 0.2,
-    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Largest learning rate of the cycle.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of initial weights and the order of samples.")] = 0,
-    log_dir: Annotated[
-        Path | None,
-        typer.Option(help="For checkpoint, metrics and TensorBoard; default OUT with .run.", show_default=False),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint there.")] = False,
-    data_dir: DataDir = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> int:
-    """Train a network and save it. Ctrl-C keeps the last whole epoch, for --resume."""
-    from .._atomic import check_output
-    from ..data import load_data
-    from ..demo import classifier
-    from ..training import CHECKPOINT_NAME, TrainingConfig, fit
-
-    check_output(out, force)
-    config = TrainingConfig(epochs, batch_size, lr, seed=seed)
-    loaded = load_data(data, data_dir)
-    network = classifier(loaded, features, max(features // 4, 1) if rank is None else rank, margin, seed)
-    folder = log_dir or out.with_suffix(".run")
-    if force and not resume:
-        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
-    result = fit(network, loaded, config, folder, resume=resume)
-    found = {
-        "out": str(out),
-        "interrupted": result.interrupted,
-        "checkpoint": str(result.checkpoint),
-        "accuracy_validation": result.accuracy_validation,
-        "accuracy_test": result.accuracy_test,
-        "seconds_per_epoch": result.seconds_per_epoch,
-    }
-    if result.interrupted:
-        tell(f"interrupted: {result.checkpoint} holds the last whole epoch; add --resume to go on")
-        if as_json:
-            say_json(found)
-        return INTERRUPTED
-    keep(network.eval(), out, force, found, as_json)
-    return 0
 
 
 def import_(

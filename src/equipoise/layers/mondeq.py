@@ -170,7 +170,13 @@ class MonDEQ(nn.Module):
     def operator(self) -> DenseOperator:
         """W as an operator; constants are computed once per weights, gradients flow through its products."""
         with keeping():
-            return self._operator(self._derived.of(self.recurrent))
+            return self._operator(self._kept())
+
+    def _kept(self) -> dict[Any, Any]:
+        """What was derived from these weights."""
+        if isinstance(self.recurrent, PreparedWeight):
+            self.recurrent.refit()  # first, since its scales are part of them
+        return self._derived.of(self.recurrent)
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
         trained = self._trains()
@@ -354,7 +360,7 @@ class MonDEQ(nn.Module):
     def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
         """The operator with the solver's step for it; in training a step found some calls ago."""
         with keeping():  # what is kept must serve training as well
-            kept = self._derived.of(self.recurrent)
+            kept = self._kept()
             operator = self._operator(kept)
             key = "tuning", solver, self._own_stage()
             if key not in kept:

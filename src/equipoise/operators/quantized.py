@@ -77,7 +77,7 @@ class AssembledWeight(QuantizedWeight):
         return cls(QuantizedTensor.fit(_weight64(weights), scheme.bits, scheme.granularity, scheme.scale))
 
     def assemble(self) -> tuple[Tensor, float]:
-        exact = self.codes.dequantize()
+        exact = self.codes.dequantize().cpu()
         return exact, verified.up(verified.UNIT * verified.absolute_norm(exact) * (1 + 1e-15))
 
     @property

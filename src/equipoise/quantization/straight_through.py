@@ -23,6 +23,10 @@ Part = Literal["all", "off_diagonal", "skew"]
 REFIT = 500
 """Fits after which a least-squares scale is searched for globally again; in between it is improved from where it is."""
 
+MANY = 8
+"""Bits from which a fitted scale is that of ``"max"``: with so many levels the two differ by a percent or so, and a
+round of least squares hardly moves, so that growing weights would be clipped further in every step."""
+
 COMPETE = 4
 """Fits after which another scale competes with the one at hand."""
 
@@ -35,9 +39,9 @@ class FakeQuantize(nn.Module):
     """w ↦ w̃ = s · c, ``c = clamp(round(w / s))``, with ∂w̃/∂w = 1; same shape, float64.
 
     The scale s is a buffer fitted by ``rule`` whenever :meth:`fit` is called (``"mse"``: one round of alternating
-    least squares from the last scale, one near it or that of ``"max"``, whichever is best; and a global search every
-    500 fits), or, with ``learn``, the parameter
-    ``log_scale`` with the gradient of LSQ: ∂w̃/∂s = c − w/s within the range and ±(2^(b−1) − 1) beyond it, where
+    least squares from the last scale, now and then from one near it or that of ``"max"`` if better, and a global
+    search every 500 fits; from 8 bits on as ``"max"``), or, with ``learn``, the parameter ``log_scale`` with the
+    gradient of LSQ: ∂w̃/∂s = c − w/s within the range and ±(2^(b−1) − 1) beyond it, where
     ∂w̃/∂w = 0; scaled by 1/√(N (2^(b−1) − 1)). A learned scale stays in :meth:`fit`, unless it began at nothing but
     zeros: then the first weights that are not zero set it.
 
@@ -97,7 +101,7 @@ class FakeQuantize(nn.Module):
                 self._wake(w)
             return
         self.fits += 1
-        search = self.rule == "mse" and self.bits > 1 and self.fits % REFIT == 0
+        search = self.rule == "mse" and 1 < self.bits < MANY and self.fits % REFIT == 0
         scale = self._search(w) if search else self._improved(w)
         self.scale.copy_(scale.clamp(min=torch.finfo(self.scale.dtype).tiny))
 
@@ -178,7 +182,7 @@ class FakeQuantize(nn.Module):
                 count -= 1 if self.rows else w.shape[0]
                 w = w - torch.diag(w.diagonal())
             return self._sum(w.abs()) / max(count, 1)
-        if self.rule == "max":
+        if self.rule == "max" or self.bits >= MANY:
             return self._peak(w) / self.top
         last = self.scale.to(w.dtype)
         scale, gain = self._round(w, last)

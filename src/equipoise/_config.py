@@ -1,0 +1,78 @@
+"""How to train. The public path of :class:`TrainingConfig` is ``equipoise.training``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .data import Batches, Split
+from .errors import OptionError
+from .layers.arguments import check_tol
+from .penalties import MarginPenalty
+
+__all__ = ["TrainingConfig"]
+
+COURSELESS = ("accelerator", "devices", "nodes", "stop_on_lost_margin")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train: cross-entropy, fused Adam, one cycle of the learning rate over all steps.
+
+    Args:
+        epochs: passes over the training split.
+        batch_size: samples per step, of all processes together.
+        learning_rate: the largest of the cycle.
+        weight_decay: decoupled (AdamW), of matrices alone. It keeps ‖W‖ small, and with it the solver's steps and what
+            rounding can do.
+        tol: the equilibria's relative tolerance in training, where a layer has no ``training_tol`` of its own; None
+            keeps the layers'. Gradients are right to about as much.
+        seed: of the order of the samples and of dropout; initial weights are the caller's.
+        accelerator: "auto", "cpu", "cuda" or "mps".
+        devices, nodes: processes on each machine, one per device, and machines. With more than one process in all,
+            every one runs the script again (see :func:`fit`).
+        stop_on_lost_margin: stop after an epoch that ends without a proved positive margin.
+        margin: what to drive the margin to; see :class:`equipoise.MarginPenalty`.
+
+    Raises :class:`OptionError` for a value outside its range.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.3
+    tol: float | None = 1e-2
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    stop_on_lost_margin: bool = False
+    margin: MarginPenalty | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "devices", "nodes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise OptionError(f"{name}={value!r}: give a positive integer")
+        if not 0 < self.learning_rate < math.inf:
+            raise OptionError(f"learning_rate={self.learning_rate!r}: give a positive number, such as 3e-3")
+        if not 0 <= self.weight_decay < math.inf:
+            raise OptionError(f"weight_decay={self.weight_decay!r}: give 0 or a positive number")
+        if self.tol is not None:
+            check_tol(self.tol)
+        if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
+            raise OptionError(f"accelerator={self.accelerator!r}: choose auto, cpu, cuda or mps")
+        if type(self.stop_on_lost_margin) is not bool:
+            raise OptionError(f"stop_on_lost_margin={self.stop_on_lost_margin!r}: give True or False")
+        if self.margin is not None and not isinstance(self.margin, MarginPenalty):
+            raise OptionError(f"margin={self.margin!r}: give equipoise.MarginPenalty(target=…), or None")
+        empty = Split(torch.empty(0, 1), torch.empty(0, dtype=torch.int64))
+        Batches(empty, self.batch_size, seed=self.seed)  # it knows which sizes and seeds it accepts
+
+    def course(self) -> dict[str, object]:
+        """The settings that decide what the weights become, up to rounding."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in COURSELESS}

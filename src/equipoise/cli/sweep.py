@@ -1,0 +1,114 @@
+"""The command that trains many networks: ``equipoise sweep``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import OptionError
+from .common import UNMET, Bits, DataDir, DataName, Json, OnData, say, say_json, tell
+from .train import (
+    BatchSize,
+    Features,
+    Granularity,
+    LearningRate,
+    Margin,
+    Rank,
+    Scale,
+    Target,
+    WeightDecay,
+    chosen_scheme,
+    decay,
+    penalty,
+)
+
+if TYPE_CHECKING:
+    from ..quantization.schemes import Scheme
+
+__all__ = ["register"]
+
+LARGEST = 2**32 - 1
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(sweep)
+
+
+def sweep(
+    out: Annotated[Path, typer.Option(help="The folder for everything; a sweep there goes on.", show_default=False)],
+    data: OnData = DataName.digits,
+    schemes: Annotated[
+        str, typer.Option(help="Some of float, assembled, structured, compensated, cayley, with commas.")
+    ] = "structured",
+    bits: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 8,4-1.")] = "4,2",
+    seeds: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 0-2.")] = "0",
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
+    features: Features = None,
+    rank: Rank = None,
+    margin: Margin = None,
+    batch_size: BatchSize = 128,
+    lr: LearningRate = 3e-3,
+    weight_decay: WeightDecay = None,
+    input_bits: Bits = None,
+    bias_bits: Bits = None,
+    head_bits: Bits = None,
+    granularity: Granularity = None,
+    scale: Scale = None,
+    margin_target: Target = None,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
+    backend: Annotated[str, typer.Option(help="loky (processes), threading, or a ray or dask cluster.")] = "loky",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> int:
+    """Train every scheme at every number of bits and seed, and tabulate what came of it.
+
+    A job that fails does not stop the others: its error is in the table, and the exit status is 1. Killed or
+    interrupted, the same command goes on where it stopped.
+    """
+    from ..jobs import Job
+    from ..report.sweeps import sweep_figure, sweep_table
+    from ..report.terminal import rendered, waiting
+    from ..sweep import run_sweep
+    from ..training import TrainingConfig
+
+    options: dict[str, int | str | None] = {"input_bits": input_bits, "bias_bits": bias_bits, "head_bits": head_bits}
+    options |= {"granularity": granularity, "scale": scale}
+    wanted: list[Scheme | None] = []
+    for name in (name.strip().lower() for name in schemes.split(",")):
+        widths = [None] if name == "float" else _numbers("bits", bits, 32)
+        wanted += [None if width is None else chosen_scheme(name, width, options, margin_target) for width in widths]
+    config = TrainingConfig(
+        epochs, batch_size, lr, decay(weight_decay, input_bits), margin=penalty(margin_target, None, None)
+    )
+    base = Job(data, config, features=features, rank=rank, margin=margin, data_dir=data_dir)
+    with waiting("training") as progress:
+        found = run_sweep(base, wanted, _numbers("seeds", seeds, LARGEST), out, jobs, backend, progress)
+    figure = sweep_figure(found.means(), out / "sweep.svg")
+    if as_json:
+        say_json({"out": str(out), "figure": None if figure is None else str(figure), **found.to_dict()})
+    else:
+        say(rendered(sweep_table(found.means())), end="")
+    for row in found.failed:
+        tell(f"{row.folder} failed: {row.error}")
+    missed = [row for row in found.rows if row.target_met is False]
+    for row in missed:
+        tell(f"{row.folder} missed the margin {margin_target:g}: {row.margin:.6g} is proved")
+    return UNMET if found.failed or missed else 0
+
+
+def _numbers(what: str, text: str, largest: int) -> list[int]:
+    """ "8,4-2" as [8, 4, 3, 2]."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise OptionError(f"{what} {text!r}: give numbers and ranges with commas, such as 4,2 or 0-2")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if max(first, last) > largest or abs(first - last) > 10_000:
+            raise OptionError(f"{what} {text!r}: {max(first, last)} is too many")
+        found += range(first, last - 1, -1) if first >= last else range(first, last + 1)
+    return found

@@ -1,0 +1,172 @@
+"""The command that trains: ``equipoise train``."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from .common import INTERRUPTED, UNMET, Bits, DataDir, DataName, Force, Json, OnData, Out, keep, say_json, tell
+
+if TYPE_CHECKING:
+    from ..jobs import Job
+    from ..penalties import MarginPenalty
+    from ..quantization.schemes import Scheme
+
+__all__ = [
+    "BatchSize",
+    "Features",
+    "Granularity",
+    "LearningRate",
+    "Margin",
+    "Rank",
+    "Scale",
+    "Target",
+    "WeightDecay",
+    "register",
+]
+
+
+class ModelName(enum.StrEnum):
+    mondeq = "mondeq"
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+Features = Annotated[int | None, _option("Size of the equilibrium layer; default 100.", "--features")]
+Rank = Annotated[int | None, _option("Rows of A; default a quarter of the features.", "--rank")]
+Margin = Annotated[float | None, _option("Margin to start from, default 1; it is learned.", "--margin")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Largest learning rate of the cycle.")]
+WeightDecay = Annotated[
+    float | None,
+    _option("Of matrices, to keep W and its rounding small; default 0.3, and 0.1 at 1 input bit.", "--weight-decay"),
+]
+Granularity = Annotated[str | None, _option("Of scales: tensor or row.", "--granularity")]
+Scale = Annotated[str | None, _option("Fitted in every step: max or mse.", "--scale")]
+Target = Annotated[float | None, _option("Drive the proved margin to this; exit 1 where it is missed.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(train)
+
+
+def train(
+    out: Out,
+    data: OnData = DataName.digits,
+    model: Annotated[ModelName, typer.Option(help="Kind of network.")] = ModelName.mondeq,
+    start: Annotated[Path | None, _option("A float network of equipoise to start from.", "--from")] = None,
+    features: Features = None,
+    rank: Rank = None,
+    margin: Margin = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
+    batch_size: BatchSize = 128,
+    lr: LearningRate = 3e-3,
+    weight_decay: WeightDecay = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights and the order of samples.")] = 0,
+    scheme: Annotated[
+        str | None, _option("Train the codes of assembled, structured, compensated or cayley; default: floats.")
+    ] = None,
+    bits: Annotated[int | None, _option("Of the recurrent weights: 1 to 16, or 32.")] = None,
+    skew_bits: Annotated[int | None, _option("Of K in the structured scheme; default BITS.")] = None,
+    input_bits: Bits = None,
+    bias_bits: Bits = None,
+    head_bits: Bits = None,
+    granularity: Granularity = None,
+    scale: Scale = None,
+    learn_scale: Annotated[bool, typer.Option("--learn-scale", help="Learn the scales instead of fitting.")] = False,
+    margin_target: Target = None,
+    margin_ratio: Annotated[float | None, _option("Drive ‖ΔW‖₂ to this part of the margin; else exit 1.")] = None,
+    margin_weight: Annotated[float | None, _option("Of these aims in the loss; default 1.")] = None,
+    stop_on_lost_margin: Annotated[
+        bool, typer.Option("--stop-on-lost-margin", help="Stop, with exit 1, after an epoch without proved margin.")
+    ] = False,
+    devices: Annotated[int, typer.Option(help="Processes on this machine, one per device.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines; the same command is started on each.")] = 1,
+    log_dir: Annotated[Path | None, _option("For checkpoint, metrics and TensorBoard; default OUT with .run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint there.")] = False,
+    data_dir: DataDir = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> int:
+    """Train a network, as floats or through a quantizer, and save it with its certificate.
+
+    Ctrl-C, and even kill -9, keep the last whole epoch, for --resume.
+    """
+    from .._atomic import check_output
+    from ..jobs import Job
+    from ..training import CHECKPOINT_NAME, TrainingConfig
+
+    parts = {"input_bits": input_bits, "bias_bits": bias_bits, "head_bits": head_bits, "skew_bits": skew_bits}
+    chosen = chosen_scheme(scheme, bits, {**parts, "granularity": granularity, "scale": scale}, margin_target)
+    config = TrainingConfig(
+        epochs,
+        batch_size,
+        lr,
+        decay(weight_decay, input_bits),
+        seed=seed,
+        devices=devices,
+        nodes=nodes,
+        stop_on_lost_margin=stop_on_lost_margin,
+        margin=penalty(margin_target, margin_ratio, margin_weight),
+    )
+    job = Job(data, config, chosen, learn_scale, features, rank, margin, start, data_dir)
+    check_output(out, force)
+    folder = log_dir or out.with_suffix(".run")
+    if force and not resume:
+        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    return _run(job, folder, resume, out, force, as_json)
+
+
+def _run(job: Job, folder: Path, resume: bool, out: Path, force: bool, as_json: bool) -> int:
+    """Train, save and report; the exit status."""
+    outcome = job.run(folder, resume)
+    result = outcome.training
+    found = {"out": str(out), **job.scheme_fields(), "seed": job.config.seed, **outcome.figures()}
+    if result.interrupted:
+        tell(f"interrupted: {result.checkpoint} holds the last whole epoch; add --resume to go on")
+        if as_json:
+            say_json(found)
+        return INTERRUPTED
+    keep(outcome.model, out, force, found, as_json)
+    missed = [words for words in (result.stopped, result.shortfall) if words is not None]
+    for words in missed:
+        tell(words)
+    return UNMET if missed else 0
+
+
+def chosen_scheme(name: str | None, bits: int | None, options: dict[str, Any], target: float | None) -> Scheme | None:
+    """The scheme of these options, None where there is none; options that were not given are None."""
+    from ..quantization.schemes import scheme_from_dict
+
+    given = {option: value for option, value in {"bits": bits, **options}.items() if value is not None}
+    if name is None:
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise OptionError(f"--{option} needs a --scheme: assembled, structured, compensated or cayley")
+        return None
+    if name == "compensated" and target is not None:
+        given["margin"] = target  # the scheme itself reaches it
+    return scheme_from_dict({"scheme": name, **given})
+
+
+def decay(given: float | None, input_bits: int | None) -> float:
+    """The weight decay: codes of one bit are signs, which decay only makes restless."""
+    return given if given is not None else 0.1 if input_bits == 1 else 0.3
+
+
+def penalty(target: float | None, ratio: float | None, weight: float | None) -> MarginPenalty | None:
+    """What the three margin options ask for."""
+    from ..penalties import MarginPenalty
+
+    if target is None and ratio is None:
+        if weight is not None:
+            raise OptionError(f"--margin-weight {weight:g} needs --margin-target or --margin-ratio")
+        return None
+    return MarginPenalty(target, ratio, 1.0 if weight is None else weight)
