@@ -48,6 +48,17 @@ def test_words_and_options(model: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert compared["displacement_bound"] > 1e-3 > alone["displacement_bound"] >= 0
 
 
+def test_structured_codes_and_graphs(tmp_path: Path, capsys: Capsys) -> None:
+    file = tmp_path / "s.safetensors"
+    eq.save(quantized(network(), eq.Structured(bits=1, input_bits=1, head_bits=8)), file)
+    found = run_json(capsys, "export", file, "--target", "c", "--mode", "factored", "--out", tmp_path / "c")
+    assert (found["mode"], found["certified"]) == ("factored", True)
+    pytest.importorskip("onnx")
+    graph = run_json(capsys, "export", file, "--target", "onnx", "--out", tmp_path / "onnx")
+    assert 0 < graph["error_bound"] < found["error_bound"]
+    assert (tmp_path / "onnx" / "loop.onnx").is_file()
+
+
 def test_bad_use_is_one_line_and_two(model: Path, tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
