@@ -124,6 +124,7 @@ def test_bad_use_is_exit_2_and_writes_nothing(
     line: str, words: str, folder: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [__file__])  # a script that could be run again
     for name in ("LOCAL_RANK", "MASTER_ADDR", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     before = sorted(folder.iterdir())

@@ -72,8 +72,8 @@ def fit(
 
     With several ``config.devices`` or ``nodes`` Lightning runs the calling script again for each (so it must be a
     file, and has one such training), or torchrun does; every process comes here with the same arguments, takes its
-    part of every batch, and all have the same gradient. **Only the first process returns**; the others end inside.
-    Machines share the file system that ``out_dir`` lies on.
+    part of every batch, and all have the same gradient: that of one process, up to rounding and ``config.tol``.
+    **Only the first process returns**; the others end inside. Machines share the file system that ``out_dir`` lies on.
 
     Raises:
         InputError: the model does not take or return these shapes, or has nothing to train.

@@ -75,6 +75,9 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="assembled, structured, compensated or cayley.", show_default=False)],
     bits: Annotated[int, typer.Option(help="Of the recurrent weights: 1 to 16, or 32.", show_default=False)],
     out: Out,
+    skew_bits: Annotated[
+        int | None, typer.Option(help="Of K in the structured scheme; default BITS.", show_default=False)
+    ] = None,
     input_bits: Bits = None,
     bias_bits: Bits = None,
     head_bits: Bits = None,
@@ -94,6 +97,7 @@ def quantize(
     options = {
         "scheme": scheme,
         "bits": bits,
+        "skew_bits": skew_bits,
         "input_bits": input_bits,
         "bias_bits": bias_bits,
         "head_bits": head_bits,
