@@ -6,11 +6,11 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint format types clean
+.PHONY: help setup demo test test-all test-mcu lint format types clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := train,data,report,bench,dev
+EXTRAS := train,data,report,bench,export,dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 # One thread per worker: the workers share the cores among them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -41,6 +41,9 @@ test: lint types ## lint, types, and every test but the slow ones
 
 test-all: lint types ## the same with the slow tests and many more random examples
 	$(PYTEST) --hypothesis-profile=thorough $(PYTEST_ARGS)
+
+test-mcu: $(STAMP) ## exported networks on a Cortex-M in QEMU, bit for bit (needs arm-none-eabi-gcc, qemu-system-arm)
+	$(BIN)/python examples/mcu/run.py
 
 lint: $(STAMP) ## ruff, rules and format
 	$(BIN)/ruff check .

@@ -97,6 +97,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ladder",
         "plan",
         "report",
+        "export",
+        "runtime",
         "bench",
         "demo",
         "jobs",
@@ -109,7 +111,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ROOMS: list[str] = [room for floor in FLOORS for room in floor]
 # Rooms that are packages with an inner order of their own; their modules may import each other.
-SUITES = {"_codecs", "report", "bench", "reproduce", "cli"}
+SUITES = {"_codecs", "report", "export", "bench", "reproduce", "cli"}
 
 CORE = {"torch", "numpy", "safetensors", "rich"}
 # Heavy or optional libraries, and the only rooms that may import them.
@@ -128,6 +130,7 @@ GUESTS: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "torchdeq": {"bench"},
+    "onnx": {"export"},
 }
 # Rooms that may import other rooms inside a function, to start quickly.
 LAZY = {"", "cli", "__main__"}

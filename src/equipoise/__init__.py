@@ -5,6 +5,7 @@ One public path per name; whatever is not listed here is private.
 
 from importlib.metadata import version as _version
 
+from . import runtime
 from .activations import ELU, Activation, Hardtanh, LeakyReLU, ReLU, Sigmoid, Softplus, SoftThreshold, Tanh
 from .certificates import (
     Box,
@@ -32,6 +33,7 @@ from .errors import (
     OutputError,
     StructureError,
 )
+from .export import export
 from .files import load, save
 from .importers import import_model
 from .layers import NEMON, MonDEQ, NEMONConv2d
@@ -105,6 +107,7 @@ __all__ = [
     "certified_radius",
     "certify",
     "convert",
+    "export",
     "import_model",
     "input_lipschitz",
     "interval",
@@ -117,6 +120,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "robustness",
+    "runtime",
     "save",
     "size",
 ]

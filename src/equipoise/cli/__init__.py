@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import EquipoiseError
-from . import judge, make, reproduce, sweep, train
+from . import judge, make, reproduce, ship, sweep, train
 from .common import BAD, INTERRUPTED, app, say, show_warning, tell
 
 __all__ = ["main"]
@@ -22,6 +22,7 @@ make.register(app)
 train.register(app)
 sweep.register(app)
 judge.register(app)
+ship.register(app)
 reproduce.register(app)
 
 

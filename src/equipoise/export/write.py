@@ -1,0 +1,81 @@
+"""A program as a folder: source, header, self-test, host build and certificate."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .._atomic import replacing
+from ..errors import OutputError
+from .build import Shipped
+from .fixedpoint import Integers
+from .source import header, host, source, template
+from .vectors import vectors_header
+
+__all__ = ["check_folder", "write_c", "write_files"]
+
+LAYOUT = 1
+
+
+def check_folder(folder: str | os.PathLike[str], force: bool) -> Path:
+    """``folder`` if an export can go there.
+
+    Raises:
+        OutputError: something that is no folder, or a folder that holds something, without ``force``.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a file; name a folder")
+    try:
+        if path.is_dir() and any(path.iterdir()) and not force:
+            raise OutputError(
+                f"{path} holds files already; pass force=True (--force) to replace those of an export in it"
+            )
+    except PermissionError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+    return path
+
+
+def write_files(folder: Path, texts: dict[str, str | bytes], force: bool) -> dict[str, Path]:
+    """Each file whole or not at all; the last one is there only if all are."""
+    check_folder(folder, force)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+    for name, text in texts.items():
+        with replacing(folder / name, True) as file:
+            file.write(text.encode("utf-8") if isinstance(text, str) else text)
+    return {name: folder / name for name in texts}
+
+
+def write_c(shipped: Shipped, folder: Path, samples: Integers | None, force: bool) -> dict[str, Path]:
+    """``eqnet.c`` and ``eqnet.h`` to ship; the rest to test and run them here."""
+    texts: dict[str, str | bytes] = {
+        "eqnet.h": header(shipped),
+        "eqnet.c": source(shipped),
+        "vectors.h": vectors_header(shipped, samples),
+        "selftest.c": template("selftest.c"),
+        "eqnet_host.c": host(shipped),
+        "certificate.json": json.dumps(document(shipped), allow_nan=False, indent=1, ensure_ascii=False) + "\n",
+    }
+    return write_files(folder, texts, force)
+
+
+def document(shipped: Shipped) -> dict[str, Any]:
+    """``certificate.json``: the certificate, and under ``program`` what reads the integers."""
+    program = shipped.program
+    interface = {
+        "layout": LAYOUT,
+        "grid": shipped.grid.to_dict(),
+        "input_type": shipped.grid.ctype,
+        "state_type": program.state_type,
+        "state_unit": shipped.unit,
+        "score_unit": shipped.score_unit,
+        "per_input": shipped.per_input,
+    }
+    return {**shipped.certificate.to_dict(), "program": interface}
