@@ -157,7 +157,7 @@ EDITS: list[tuple[Edit, str]] = [
     (lambda d, t: d.pop("architecture"), "architecture is missing"),
     (lambda d, t: d.update(colour="red"), "unknown entries 'colour'"),
     (lambda d, t: d["architecture"].update(kind="linear"), "unknown kind 'linear'"),
-    (lambda d, t: modules(d)[0].update(kind="nemon"), "'0'.*unknown kind 'nemon'"),
+    (lambda d, t: modules(d)[0].update(kind="perceptron"), "'0'.*unknown kind 'perceptron'"),
     (lambda d, t: modules(d)[0].update(kind=["mondeq"]), "kind is"),
     (lambda d, t: modules(d)[0].update(rotation=3), "'0'.*unknown entries 'rotation'"),
     (lambda d, t: modules(d)[0]["recurrent"].update(kind="dense"), "0.recurrent.weight is missing"),
