@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.activations import Activation, Mirrored
-from equipoise.certificates.boxes import affine_box
+from equipoise.certificates.boxes import Box, affine_box
 from equipoise.certificates.robustness import reach_of_inputs
 from equipoise.data import Preprocessing, Split
 from equipoise.errors import InputError, NotWellPosedError, OptionError, StructureError
@@ -180,6 +180,23 @@ def test_affine_boxes_reach_their_corners_and_not_much_further(k: int, m: int, s
 def test_bad_boxes_are_refused(low: Tensor, high: Tensor) -> None:
     with pytest.raises(InputError):
         eq.interval(eq.NEMON(2, 3), low, high)
+
+
+def test_sums_that_overflow_enclose_everything() -> None:
+    W, x = torch.tensor([[1.9, 1.9, -1.9]]).double(), torch.full((1, 3), 8e307, dtype=torch.float64)
+    box = affine_box(W, torch.zeros(1).double(), Box(x, x))
+    assert float(box.low) <= 1.9 * 8e307 <= float(box.high)
+
+
+def test_a_box_that_is_not_proved_is_infinite() -> None:
+    model = network()
+    x = torch.full((2, 6), 1e200, dtype=torch.float64)
+    x[1] = 0.0
+    box = eq.interval(model[0], x, x)
+    assert bool((box.low[0] == -math.inf).all())
+    assert bool((box.high[0] == math.inf).all())
+    assert bool(torch.isfinite(box.low[1] + box.high[1]).all())
+    assert eq.certified_classes(model, x, x).tolist()[0] == -1
 
 
 def test_wider_boxes_enclose_narrower_ones() -> None:

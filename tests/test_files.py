@@ -302,7 +302,11 @@ def with_words() -> nn.Sequential:
         (lambda: nn.Sequential(nn.Sequential(nn.GELU())), eq.StructureError, r"GELU at position '0\.0'"),
         (lambda: nn.Sequential(layer(), OwnLinear(N, K)), eq.StructureError, r"OwnLinear at position '1'"),
         (parametrized, eq.StructureError, r"ParametrizedLinear at position '1'"),
-        (lambda: nn.Linear(2, 2), eq.StructureError, r"Linear cannot be saved; known here: MonDEQ, NEMON, Sequential"),
+        (
+            lambda: nn.Linear(2, 2),
+            eq.StructureError,
+            r"Linear cannot be saved; known here: MonDEQ, NEMON, NEMONConv2d, Sequential",
+        ),
         (lambda: nn.Sequential(layer(activation=OwnActivation())), eq.StructureError, r"OwnActivation.* position '0'"),
         (lambda: layer(solver=OwnSolver()), eq.StructureError, "OwnSolver"),
         (lambda: layer(solver=eq.Anderson(on=OwnSolver())), eq.StructureError, "OwnSolver"),

@@ -192,6 +192,17 @@ def test_large_matrices_use_power_iteration() -> None:
     assert 1 - WeightedMax(eta).margin(W) == pytest.approx(abscissa, abs=1e-4)
 
 
+def test_matrices_that_lapack_cannot_balance_get_weights_all_the_same() -> None:
+    rows = [[0.54, 5e-324, -1.63], [0.26, -677.0, 2.3e-308], [-0.49, 1e300, 5e-324]]
+    eta, _ = perron(torch.tensor(rows, dtype=torch.float64))
+    WeightedMax(eta)
+    graded = torch.triu(torch.full((6, 6), 1e-3).double())
+    graded[5, 0] = 1e-100
+    eta, abscissa = perron(graded)
+    assert abscissa == pytest.approx(1e-3, abs=1e-3)
+    assert WeightedMax(eta).margin(graded) > 0.99
+
+
 def test_weights_without_any_certificate_say_the_abscissa() -> None:
     W = torch.tensor([[0.0, 2.0], [2.0, 0.0]]).double()
     with pytest.raises(NotWellPosedError, match="abscissa of its Metzler majorant is about 2") as error:

@@ -20,8 +20,8 @@ def layer(c: int = 2, channels: int = 3, k: int = 3, seed: int = 0, **options: o
     torch.manual_seed(seed)
     made = eq.NEMONConv2d(c, channels, k, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
-        made.d.normal_(std=0.5)
-        made.T.normal_(std=0.3)
+        made.recurrent.d.normal_(std=0.5)
+        made.recurrent.T.normal_(std=0.3)
     return made
 
 
@@ -61,7 +61,7 @@ def test_products_and_row_sums_are_those_of_the_dense_matrix(channels: int, k: i
 
 def test_the_published_diagonal_is_not_the_row_sum() -> None:
     made = layer(channels=4, seed=1, gamma=0.5)
-    T = made.T.detach()
+    T = made.recurrent.T.detach()
     kernel = T.clone()
     kernel[:, :, 1, 1] += torch.diag(torch.full((4,), 0.5).double() - T.abs().max() * 4)
     published = ConvOperator(kernel, (6, 6), torch.ones(4))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.certificates.rows import Comparison
+from equipoise.certificates.wellposed import fresh_operator, perturbation
 from equipoise.errors import OptionError, StructureError
-from equipoise.norms import WeightedMax, metzler
+from equipoise.norms import WeightedMax, metzler, perron
+from equipoise.operators import DenseOperator
 from equipoise.operators.contractive import AssembledRows, StructuredRows, lowered
 from test_nemon import exact_measures, layer
 
@@ -221,19 +223,71 @@ def test_certified_rates_are_those_of_the_solver(solver: eq.Solver) -> None:
         assert eq.certify(beyond).rate is None
 
 
-def test_a_monotone_layer_may_be_certified_by_its_row_sums() -> None:
+def test_weights_without_a_euclidean_margin_may_be_certified_by_their_row_sums() -> None:
     W = torch.tensor([[0.0, 2.6], [0.1, 0.0]], dtype=torch.float64)  # margin 1 − 1.35; measure √0.26
-    made = eq.MonDEQ.from_weights(W, torch.eye(2).double(), torch.zeros(2).double(), check=False)
-    assert eq.margin(made) < 0
+    U, b = torch.eye(2).double(), torch.zeros(2).double()
+    monotone = eq.certify(eq.MonDEQ.from_weights(W, U, b, check=False))
+    assert (monotone.certified, monotone.verdict, monotone.family) == (False, "unknown", "l2")
+    made = eq.NEMON.from_weights(W, U, b)
     x = torch.randn(6, 2, dtype=torch.float64)
     c = eq.certify(made, reference=made, inputs=x)
     assert (c.certified, c.verdict, c.family) == (True, "certified", "linf")
     assert c.measure == pytest.approx(math.sqrt(0.26), abs=1e-6)
     assert c.displacement is not None
     assert float(c.displacement.max()) < 1e-6
-    assert c.rate is None or c.rate < 1
-    lost = eq.MonDEQ.from_weights(W * 4, torch.eye(2).double(), torch.zeros(2).double(), check=False)
-    assert not eq.certify(lost).certified
+
+
+def test_nothing_is_promised_before_rounding_in_weights_that_are_uneven() -> None:
+    step = 10 / 32767
+    W = torch.tensor([[0.9522, 10.0], [0.505 * step, 0.9522]], dtype=torch.float64)  # the small entry doubles
+    made = eq.MonDEQ.from_weights(W, torch.eye(2).double(), torch.zeros(2).double(), check=False)
+    q = eq.quantize(made, eq.Assembled(16, scale="max"))
+    assert float(torch.linalg.eigvals(q.weight).real.max()) > 1
+    in_rows = DenseOperator(W, family=WeightedMax(perron(W)[0]))
+    assert 2 * step / 2 < in_rows.margin()
+    found = perturbation(q, q.operator, in_rows)
+    assert (found.predeployment, found.sufficient) == (None, False)
+    even = eq.MonDEQ(3, 4, margin=0.5)
+    fine = eq.quantize(even, eq.Assembled(12, scale="max"))
+    assert perturbation(fine, fine.operator, even.operator).predeployment is True
+
+
+def test_the_change_is_given_in_the_norm_of_the_certificate() -> None:
+    W, changed = torch.zeros(2, 2).double(), torch.tensor([[0.0, 0.5], [0.0, 0.0]]).double()
+    U, b, eta = torch.eye(2).double(), torch.zeros(2).double(), torch.tensor([1.0, 1e-3]).double()
+    in_rows, euclidean = eq.NEMON.from_weights(W, U, b, eta=eta), eq.MonDEQ.from_weights(changed, U, b)
+    found = perturbation(euclidean, euclidean.operator, in_rows.operator)
+    assert found.delta_norm == pytest.approx(5e-4)
+    assert found.own_norm == pytest.approx(0.5)
+    other = perturbation(in_rows, in_rows.operator, euclidean.operator)
+    assert other.delta_norm == pytest.approx(0.5)
+    assert other.own_norm == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_of_very_different_sizes_are_bounded_by_their_weights(dtype: torch.dtype) -> None:
+    made = layer(n=5, seed=1)
+    with torch.no_grad():
+        made.recurrent.d.copy_(torch.tensor([-20.0, -9.0, 0.0, 8.0, 21.0]))
+    q = eq.quantize(made.to(dtype), eq.Structured(2))
+    operator = fresh_operator(q)
+    assert not Comparison(*operator.matrix64()).proved  # one 2-norm error for all hides the small ones
+    comparison = Comparison.of(operator)
+    assert comparison.proved
+    r = torch.rand(20, 5, dtype=torch.float64) * operator.family.eta
+    bound = comparison.bound(r)
+    assert bool((bound <= (r / operator.family.eta).amax() / operator.row_margins().min() * 1.01).all())
+    matrix = torch.eye(5).double() - metzler(operator.matrix64()[0])
+    eta = operator.family.eta
+    exact = torch.linalg.solve(matrix * eta / eta[:, None], (r / eta).mT)
+    assert bool((exact.mT * operator.family.eta <= bound * (1 + 1e-5)).all())
+    x = torch.rand(3, 4).to(dtype)
+    box = eq.interval(q, x - 0.1, x + 0.1)  # and no error on the way
+    (W, _), eta = operator.matrix64(), operator.family.eta
+    z, injected = torch.zeros(3, 5).double(), x.double() @ q.input_weight.double().mT + q.bias.double()
+    for _ in range(3000):
+        z = torch.lerp(z, (z @ W.mT + injected).relu(), operator.averaging_step())
+    assert bool((((box.low - z) / eta).amax() < 1e-5) & (((z - box.high) / eta).amax() < 1e-5))
 
 
 def test_a_chain_of_both_families_is_certified() -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FileFormatError, OptionError, OutputError
+from .layers import NEMONConv2d
 from .layers.equilibrium import EquilibriumLayer
 from .layers.linear import PreparedLinear, QuantizedLinear
 from .operators import PreparedWeight
-from .parametrizations import Contractive, Monotone
+from .parametrizations import Contractive, ContractiveKernel, Monotone
 from .quantization.schemes import scheme_to_dict
 
 __all__ = ["CHECKPOINT_NAME", "checkpoint_in", "flat", "matching", "model_fields"]
@@ -65,6 +66,15 @@ def _fields(module: nn.Module) -> dict[str, Any]:
         names = ("in_features", "features", "activation", "solver", "tol", "backward_tol")
         values = {name: getattr(module, name) for name in names}
         return {name: repr(v) if name in ("activation", "solver") else v for name, v in values.items()}
+    if isinstance(module, NEMONConv2d):
+        names = ("in_channels", "channels", "activation", "solver", "tol", "backward_tol")
+        values = {name: getattr(module, name) for name in names}
+        values |= {name: getattr(module.injection, name)[0] for name in ("kernel_size", "stride")}
+        return {name: repr(v) if name in ("activation", "solver") else v for name, v in values.items()}
+    if isinstance(module, ContractiveKernel):
+        return {"gamma": float(module.gamma)}
+    if isinstance(module, nn.AvgPool2d):
+        return {"kernel_size": module.kernel_size}
     if isinstance(module, Monotone):
         return {"rank": module.A.shape[0], "learn_margin": "raw_margin" in module._parameters}
     if isinstance(module, Contractive):

@@ -25,18 +25,23 @@ from ._config import TrainingConfig
 from ._machines import anyone, together, total, world
 from .data import Batches, Preprocessing, Split
 from .errors import ConvergenceError, ConvergenceWarning, InputError, MissingExtraError, OptionError
-from .layers.chain import EQUILIBRIUM
+from .layers.chain import CONVOLUTIONAL, EQUILIBRIUM
 
 # isort: split
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-__all__ = ["Classifier", "Row", "lost_margin", "placed", "quiet", "run"]
+__all__ = ["Classifier", "Row", "largest_batch", "lost_margin", "placed", "quiet", "run"]
 
 Row = dict[str, float]
-VALIDATION_BATCH = 10_000
+VALIDATION_BATCH, IMAGE_BATCH = 10_000, 250  # the state of an image layer is as large as its images
 PROBED, PROBE_TOL = 256, 1e-4  # validation samples whose solver steps are counted, and to which tolerance
+
+
+def largest_batch(model: nn.Module) -> int:
+    """How many samples are evaluated at a time, so that their states fit into memory."""
+    return IMAGE_BATCH if any(isinstance(m, CONVOLUTIONAL) for m in model.modules()) else VALIDATION_BATCH
 
 
 def placed(split: Split, model: nn.Module) -> Split:
@@ -68,7 +73,7 @@ class Classifier(LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.train_batches, self.validation_split = train, validation
-        self.validation_batches = Batches(validation, VALIDATION_BATCH)
+        self.validation_batches = Batches(validation, largest_batch(model))
         self.config = config
         self.identity, self.preprocessing = identity, preprocessing
         self.history: list[Row] = []
@@ -110,7 +115,7 @@ class Classifier(LightningModule):
     def on_train_epoch_start(self) -> None:
         self.train_batches.set_epoch(self.current_epoch)
         for layer in self.model.modules():
-            if isinstance(layer, EQUILIBRIUM):
+            if isinstance(layer, (*EQUILIBRIUM, *CONVOLUTIONAL)):
                 layer.forget_tuning()
         entropy = self.config.seed, self.current_epoch, world()[0]  # each process drops units of its own
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

@@ -32,7 +32,7 @@ VERSION = 1
 KEY = "equipoise"
 """The metadata entry that tells our files; one alone, since their order in a file is not determined."""
 
-_MODELS = {kind: MODULES[kind] for kind in ("mondeq", "nemon", "sequential")}
+_MODELS = {kind: MODULES[kind] for kind in ("mondeq", "nemon", "nemon_conv", "sequential")}
 
 
 class SupportsJson(Protocol):
@@ -54,7 +54,8 @@ def save(
     in training found some batches ago.
 
     Args:
-        model: an equilibrium layer, or an ``nn.Sequential`` of them with Flatten, Linear and activation modules.
+        model: an equilibrium layer, or an ``nn.Sequential`` of them with Flatten, Linear and activation modules, and
+            of images with Unflatten and AvgPool2d.
         path: of the file; its folder exists.
         certificate: stored beside the model, for :func:`read_certificate`.
         force: replace an existing file.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .data import Data, load_data
-from .demo import classifier
+from .demo import GAMMA, PRESETS, classifier, convolutional
 from .errors import InputError, OptionError
 from .files import load
 from .layers.chain import equilibrium_layers
@@ -56,7 +56,8 @@ class Job:
 
     ``features`` (100), ``rank`` (a quarter of them) and ``margin`` (1.0, learned from there) have their defaults where
     they are None. With ``gamma`` the layer is a NEMON of that measure, without rank and margin.
-    With ``start`` they must be the file's where they are given.
+    With ``start`` they must be the file's where they are given. With ``preset`` ("small" or "published") the network is
+    convolutional, ``features`` are its channels, the preset's where None, and ``gamma`` is 0.1 where None.
 
     Raises :class:`OptionError` for options that contradict each other.
     """
@@ -71,6 +72,7 @@ class Job:
     start: Path | None = None
     data_dir: Path | None = None
     gamma: float | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if self.scheme is None and self.learn_scale:
@@ -79,9 +81,15 @@ class Job:
             raise OptionError(
                 f"margin ratio {self.config.margin.ratio:g} needs a scheme: nothing is rounded without one"
             )
-        if self.gamma is not None and (self.rank, self.margin, self.start) != (None, None, None):
+        if self.preset is not None and self.preset not in PRESETS:
+            raise OptionError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
+        if self.preset is not None and self.scheme is not None:
+            raise OptionError("a convolutional network trains as floats: leave the scheme out, and quantize it after")
+        new = self.gamma is not None or self.preset is not None
+        if new and (self.rank, self.margin, self.start) != (None, None, None):
             raise OptionError(
-                f"gamma={self.gamma!r} makes a new nemon: it has no rank, no margin and no file to start from"
+                f"gamma={self.gamma!r}, preset={self.preset!r} make a new nemon: it has no rank, no margin and no "
+                "file to start from"
             )
         if self.start is not None and self.margin is not None:
             raise OptionError(f"margin={self.margin!r}: the network in {self.start} has its own; leave it out")
@@ -95,11 +103,14 @@ class Job:
 
         Raises :class:`InputError` where the one in ``start`` does not fit, and what :func:`prepare_qat` raises.
         """
-        if self.start is None:
+        if self.preset is not None:
+            gamma = GAMMA if self.gamma is None else self.gamma
+            model: nn.Module = convolutional(data, PRESETS[self.preset], self.features, self.config.seed, gamma)
+        elif self.start is None:
             features = FEATURES if self.features is None else self.features
             rank = max(features // 4, 1) if self.rank is None else self.rank
             margin = MARGIN if self.margin is None else self.margin
-            model: nn.Module = classifier(data, features, rank, margin, self.config.seed, self.gamma)
+            model = classifier(data, features, rank, margin, self.config.seed, self.gamma)
         else:
             model = self._loaded(self.start, data)
         return model if self.scheme is None else prepare_qat(model, self.scheme, self.learn_scale)

@@ -26,6 +26,9 @@ __all__ = ["EUCLIDEAN", "Euclidean", "Norm", "WeightedMax", "WeightedSum", "metz
 SPREAD = 2.0**400
 """Largest ratio of two weights: products with them stay far from underflow."""
 
+GRADED = 1e-60
+"""Entries below this part of the largest play no role in an estimate of eigenvectors."""
+
 
 class Norm(ABC):
     """A vector norm with proved bounds about matrices ``W (n, n)`` in float64; what is returned holds for every W'
@@ -237,8 +240,9 @@ def perron(W: Tensor, error: float = 0.0) -> tuple[Tensor, float]:
         return M.new_ones(0), -math.inf
     size = max(float(M.abs().max()), verified.TINY)
     M = M / size
-    values, vectors = (None, None) if n > 1024 else torch.linalg.eig(M)
-    if values is not None and vectors is not None:
+    found = None if n > 1024 else _eigenvectors(M)
+    if found is not None:
+        values, vectors = found
         at = int(values.real.argmax())
         abscissa, start = float(values.real[at]), vectors[:, at].abs()
     else:
@@ -247,6 +251,18 @@ def perron(W: Tensor, error: float = 0.0) -> tuple[Tensor, float]:
             image = M @ start - shift * start
             abscissa, start = float(image.sum() / start.sum()) + shift, image / max(float(image.max()), 1e-300)
     return _resolvent(M, abscissa, start, error / size), abscissa * size
+
+
+def _eigenvectors(M: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and eigenvectors of ``M``, entries at most 1, as LAPACK estimates them, if it does.
+
+    Without the smallest entries: balancing matrices graded over hundreds of decades, it writes beyond its memory.
+    """
+    try:
+        values, vectors = torch.linalg.eig(torch.where(M.abs() < GRADED, 0.0, M))
+    except RuntimeError:  # no convergence
+        return None
+    return values, vectors
 
 
 def _resolvent(M: Tensor, abscissa: float, start: Tensor, error: float) -> Tensor:

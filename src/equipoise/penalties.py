@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from . import verified
 from .errors import NotWellPosedError, OptionError, StructureError
-from .layers import NEMON
-from .layers.chain import EQUILIBRIUM
+from .layers import NEMON, NEMONConv2d
+from .layers.chain import CONVOLUTIONAL, EQUILIBRIUM
 from .operators import PreparedWeight
 from .operators.prepared import PreparedAssembled
 from .parametrizations import Dense, Monotone
@@ -144,10 +144,10 @@ def proved(model: nn.Module, asked: MarginPenalty | None = None) -> tuple[float 
 
 def _layers(model: nn.Module, needed: bool = True) -> list[Any]:
     """The equilibrium layers of any module, each once."""
-    layers = [module for module in model.modules() if isinstance(module, EQUILIBRIUM)]
+    layers = [module for module in model.modules() if isinstance(module, (*EQUILIBRIUM, *CONVOLUTIONAL))]
     if needed and not layers:
         raise StructureError(f"{type(model).__name__} has no equilibrium layer, so it has no margin to drive")
-    if needed and any(isinstance(layer, NEMON) for layer in layers):
+    if needed and any(isinstance(layer, (NEMON, NEMONConv2d)) for layer in layers):
         raise StructureError("a NEMON layer keeps its measure by structure: leave the margin penalty out")
     return layers
 

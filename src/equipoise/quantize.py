@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from .errors import OptionError, StructureError
-from .layers.chain import chain, equilibrium_layers, final_head
+from .errors import InputError, OptionError, StructureError
+from .layers import NEMONConv2d
+from .layers.chain import any_layers, chain, final_head
 from .layers.linear import QuantizedLinear, quantize_linear
 from .operators import QuantizedWeight, quantize_weight
+from .operators.kernels import StructuredKernel
+from .parametrizations import ContractiveKernel
 from .quantization.codes import QuantizedSkew, QuantizedTensor
 from .quantization.schemes import Scheme
 
@@ -31,16 +35,33 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
     """
     check_scheme(scheme)
     result = copy.deepcopy(model)
-    layers = equilibrium_layers(result)
+    layers = any_layers(result)
     for name, layer in {id(layer): (name, layer) for name, layer in layers}.values():  # one may appear twice
-        if isinstance(layer.recurrent, QuantizedWeight) or isinstance(layer.injection, QuantizedLinear):
+        if isinstance(layer.recurrent, (QuantizedWeight, StructuredKernel)) or isinstance(
+            layer.injection, QuantizedLinear
+        ):
             raise StructureError(f"layer {name!r} is quantized already; quantize the float model it came from")
+        if isinstance(layer, NEMONConv2d):
+            _quantize_kernel(layer, scheme)
+            continue
         assert isinstance(layer.injection, nn.Linear)
         layer.recurrent = quantize_weight(layer.recurrent, scheme).to(layer.injection.weight.device)
         layer.injection = quantize_linear(layer.injection, scheme, scheme.input_bits, scheme.bias_bits)
         layer.scheme = scheme
     replace_head(result, scheme, lambda head: quantize_linear(head, scheme, scheme.head_bits, None))
     return result
+
+
+def _quantize_kernel(layer: NEMONConv2d, scheme: Scheme) -> None:
+    """Codes for T; U and b stay floats."""
+    weights = layer.recurrent
+    assert isinstance(weights, ContractiveKernel)
+    if not all(bool(torch.isfinite(p).all()) for p in weights.parameters()):
+        raise InputError("the kernel holds NaN or infinite entries; nothing can be quantized or proved")
+    with torch.no_grad():
+        layer.recurrent = StructuredKernel.quantize(weights, scheme).to(layer.injection.weight.device)
+    layer.scheme = scheme
+    layer.forget_tuning()
 
 
 def check_scheme(scheme: Scheme) -> None:
@@ -53,7 +74,7 @@ def replace_head(model: nn.Module, scheme: Scheme, make: Callable[[nn.Linear], n
     """Put ``make(head)`` in the place of the linear module that ends ``model``, where ``scheme`` has bits for it."""
     if scheme.head_bits is None:
         return
-    head = final_head(model, prepared=True)
+    head = final_head(model, prepared=True, images=True)
     if head is None:
         raise StructureError(
             f"head_bits is {scheme.head_bits}, but no single linear module follows the last equilibrium layer and ends "
@@ -71,11 +92,11 @@ def size(model: nn.Module) -> int:
 
     A module that appears twice in a chain counts once.
     """
-    return sum(_packed(module) for module in {id(module): module for _, module in chain(model)}.values())
+    return sum(_packed(module) for module in {id(module): module for _, module in chain(model, images=True)}.values())
 
 
 def _packed(module: nn.Module) -> int:
-    if isinstance(module, (QuantizedWeight, QuantizedTensor, QuantizedSkew)):
+    if isinstance(module, (QuantizedWeight, StructuredKernel, QuantizedTensor, QuantizedSkew)):
         return module.packed_bytes
     own: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return sum(t.numel() * t.element_size() for t in own) + sum(_packed(child) for child in module.children())

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .errors import ConvergenceWarning, DataNotFoundError, FileFormatError, InputError, MissingExtraError
 from .export.fixedpoint import SLACK
 from .export.grid import Grid
+from .export.write import PROVED, fingerprint
 
 __all__ = ["Runtime", "compiler", "load"]
 
@@ -35,11 +36,12 @@ def load(folder: str | os.PathLike[str]) -> Runtime:
 
     Raises:
         DataNotFoundError: no such folder, or no program in it.
-        FileFormatError: a certificate that was not written by an export, or source that does not compile.
+        FileFormatError: a certificate that was not written by an export, or about other sources than those beside it;
+            source that does not compile.
         MissingExtraError: no C compiler on this machine.
     """
     path = Path(folder)
-    for name in ("certificate.json", "eqnet.c", "eqnet.h", "eqnet_host.c"):
+    for name in ("certificate.json", *PROVED):
         if not (path / name).is_file():
             raise DataNotFoundError(f"{path} holds no {name}; write the program with `equipoise export --target c`")
     try:
@@ -48,16 +50,23 @@ def load(folder: str | os.PathLike[str]) -> Runtime:
         grid = Grid.from_dict(program["grid"])
         types = _TYPES[program["input_type"]], _TYPES[program["state_type"]]
         units = float(program["state_unit"]), program["score_unit"]
-        per_input = program["per_input"]
+        per_input, sources = program["per_input"], {name: str(program["sha256"][name]) for name in PROVED}
+        int(document["features"]), int(document["classes"])
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise FileFormatError(f"{path / 'certificate.json'} was not written by an export: {error!r}") from error
+    for name, stored in sources.items():
+        if fingerprint((path / name).read_bytes()) != stored:
+            raise FileFormatError(
+                f"{path / name} is not the file certificate.json is about: nothing is proved about it; export again"
+            )
     return Runtime(_compiled(path), document, grid, types, units, per_input)
 
 
 class Runtime:
     """An exported program: ``f(x)`` maps ``(B, d)`` floats to ``(B, classes)`` scores.
 
-    Network inputs are rounded to the program's integers; arrays of an integer dtype are taken as raw inputs (pixels).
+    Network inputs are rounded to the program's integers. For a network with preprocessing arrays of an integer dtype
+    are taken as raw inputs (pixels).
     ``certificate``: the certificate's fields.
     """
 
@@ -109,9 +118,10 @@ class Runtime:
         grid = self.grid
         real = grid.to_real(raw)
         center = (grid.to_real(np.full_like(raw, grid.low)) + grid.to_real(np.full_like(raw, grid.high))) / 2
-        given = real if np.issubdtype(np.asarray(x).dtype, np.integer) else np.asarray(x, dtype=np.float64)
-        # to_real is rounded: two of its ulps an entry
-        ulps = 1e-15 * np.linalg.norm(np.abs(real) + np.abs(center), axis=1)
+        given = real if self._holds_raw(x) else np.asarray(x, dtype=np.float64)
+        # to_real is rounded: a few ulps of its terms, an entry
+        terms = grid.spread(grid.steps) * max(abs(grid.low), abs(grid.high)) + np.abs(grid.spread(grid.offsets))
+        ulps = 1e-15 * float(np.linalg.norm(terms))
         size = np.linalg.norm(z.astype(np.float64), axis=1) * self._units[0]
         moved = known["delta_weight"] * (size + known["iteration"]) + known["delta_center"]
         moved = moved + known["delta_input"] * (np.linalg.norm(real - center, axis=1) + ulps)
@@ -135,9 +145,13 @@ class Runtime:
             )
         return z, scores, status
 
+    def _holds_raw(self, x: NDArray[Any]) -> bool:
+        """Whether ``x`` is pixels; without preprocessing the integers of the grid mean nothing outside."""
+        return self.grid.natural and np.issubdtype(np.asarray(x).dtype, np.integer)
+
     def _raw(self, x: NDArray[Any]) -> NDArray[Any]:
         values = np.asarray(x)
-        if not np.issubdtype(values.dtype, np.integer):
+        if not self._holds_raw(values):
             return self.grid.to_raw(values)
         grid = self.grid
         if values.ndim != 2 or values.shape[1] != grid.features:

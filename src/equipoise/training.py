@@ -18,11 +18,11 @@ from torch import nn
 
 from ._checkpoints import CHECKPOINT_NAME, checkpoint_in, flat, matching, model_fields
 from ._config import TrainingConfig
-from ._lightning import Classifier, Row, lost_margin, placed, run
+from ._lightning import Classifier, Row, largest_batch, lost_margin, placed, run
 from ._machines import check_machines
 from .data import Batches, Data, Split
 from .errors import ConvergenceWarning, InputError
-from .layers.chain import EQUILIBRIUM
+from .layers.chain import CONVOLUTIONAL, EQUILIBRIUM
 from .penalties import proved
 
 __all__ = ["CHECKPOINT_NAME", "FitResult", "TrainingConfig", "evaluate", "fit"]
@@ -106,7 +106,8 @@ def fit(
 @contextlib.contextmanager
 def _coarse(model: nn.Module, tol: float | None) -> Iterator[None]:
     """With ``tol`` for the equilibrium layers that have no tolerance of their own for training."""
-    layers = [m for m in model.modules() if isinstance(m, EQUILIBRIUM) and m.training_tol is None]
+    kinds = (*EQUILIBRIUM, *CONVOLUTIONAL)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and m.training_tol is None]
     for layer in layers:
         layer.training_tol = tol
     try:
@@ -147,10 +148,10 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 10_000) -> float:
     """
     if not len(split):
         raise InputError("an empty split has no accuracy: give at least one sample")
-    was_training = model.training
+    was_training, size = model.training, min(batch_size, largest_batch(model))
     model.eval()
     try:
-        hits = [(model(x).argmax(1) == y).sum() for x, y in Batches(placed(split, model), batch_size)]
+        hits = [(model(x).argmax(1) == y).sum() for x, y in Batches(placed(split, model), size)]
     finally:
         model.train(was_training)
     return int(torch.stack(hits).sum()) / len(split)

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import FileFormatError
 from ..layers import NEMON, EquilibriumLayer, MonDEQ, QuantizedLinear
 from ..parametrizations import Contractive, Dense, Monotone, Weighted
+from .images import IMAGES
 from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
 from .rows import ROW_WEIGHTS
 from .tensors import Fields, TensorReader, TensorWriter, plain
@@ -127,6 +128,7 @@ MODULES = {
     "nemon": Codec(NEMON, _write_equilibrium, _read_nemon),
     "sequential": Codec(nn.Sequential, _write_sequential, _read_sequential),
     **LINEAR,
+    **IMAGES,
     "flatten": _stateless(nn.Flatten, "start_dim", "end_dim"),
     "identity": _stateless(nn.Identity),
     "dropout": _stateless(nn.Dropout, "p", "inplace"),

@@ -37,6 +37,9 @@ __all__ = ["Box", "interval", "linear_box", "module_box", "state_box"]
 ATTEMPTS = 6
 """Times that a box is inflated before it is given up."""
 
+WIDEST = 1e150
+"""Inflating a box by more than that is giving it up: squares overflow."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,9 @@ def module_box(module: nn.Module, box: Box) -> Box:
 
 def _outward(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Box:
     """The box with its ends moved outwards by at least so much; unknown ends are infinite."""
-    lo, hi = (low - below * SLACK).nan_to_num(-math.inf), (high + above * SLACK).nan_to_num(math.inf)
+    # a sum that overflowed may stand for any number
+    lo = (low - below * SLACK).where(low < math.inf, -math.inf).nan_to_num(-math.inf)
+    hi = (high + above * SLACK).where(high > -math.inf, math.inf).nan_to_num(math.inf)
     infinity = torch.full_like(lo, math.inf)
     return Box(torch.nextafter(torch.minimum(lo, hi), -infinity), torch.nextafter(torch.maximum(lo, hi), infinity))
 
@@ -145,17 +150,22 @@ def state_box(layer: EquilibriumLayer, q: Box) -> Box:
     """The equilibria over a box of injections: found to a few digits, then inflated until the check passes."""
     operator = fresh_operator(layer)
     W, error = operator.matrix64()
-    comparison = Comparison(W, error)
-    family = _family_of(operator, comparison)
+    family = _family_of(operator)
+    own = operator.family is family
+    comparison = Comparison(W, error, family, operator.row_margins() if own else family.row_margins(W, error))
     finite = torch.isfinite(q.low + q.high).all(1)
     low, high = (t.where(finite[:, None], 0.0) for t in (q.low, q.high))
     like = operator.weight
     lo, hi = box_equilibrium(layer, low.to(like), high.to(like), 1e-5, family, report=False)
     u = torch.cat((-lo, hi), 1).detach().to("cpu", torch.float64)
+    finite &= torch.isfinite(u).all(1)
+    u = u.where(finite[:, None], 0.0)
     check = _Check(W, error, Mirrored(layer.activation), torch.cat((-low, high), 1))
     above = check.above(u) - u  # what the box lacks of mapping into itself
     lack = torch.maximum(*above.clamp_min(0.0).chunk(2, 1)) + check.rounding(u)[:, None]
     step = comparison.bound(lack * (1 + 1e-6))
+    finite &= (step < WIDEST).all(1)
+    step = step.where(finite[:, None], 0.0)
     proved = torch.zeros(len(u), dtype=torch.bool)
     for attempt in range(ATTEMPTS):
         wider = u + torch.cat((step, step), 1) * 2.0**attempt
@@ -167,14 +177,14 @@ def state_box(layer: EquilibriumLayer, q: Box) -> Box:
     return Box((-wide_lo).masked_fill(unknown, -math.inf), wide_hi.masked_fill(unknown, math.inf))
 
 
-def _family_of(operator: DenseOperator, comparison: Comparison) -> WeightedMax:
+def _family_of(operator: DenseOperator) -> WeightedMax:
     if isinstance(operator.family, WeightedMax) and operator.margin() > 0:
         return operator.family
     W, error = operator.matrix64()
     eta, abscissa = perron(W, max(error, 2.0**-24 * float(W.abs().sum(1).max())) if len(W) else 0.0)
     family = WeightedMax(eta)
     margin = family.margin(W, error)
-    if margin <= 0 or not comparison.proved:
+    if margin <= 0:
         raise NotWellPosedError(
             f"a layer has no weighted maximum norm in which it is proved to contract (the spectral abscissa of its "
             f"Metzler majorant is about {abscissa:.6g}, below 1 is needed): no box can be proved. Use a NEMON layer, "

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..errors import InputError, OptionError, StructureError
+from ..layers import NEMONConv2d
 from ..layers.arguments import check_finite
-from ..layers.chain import chain, equilibrium_layers, final_head
+from ..layers.chain import any_layers, chain, equilibrium_layers, final_head
 from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
@@ -20,8 +21,9 @@ from ..operators import DenseOperator
 from ..quantization.schemes import scheme_to_dict
 from . import displacement as moved
 from .convergence import closed_rates, inexact_factor, solver_rate, steps_for
+from .convolutional import convolution_certificate
 from .types import Certificate, Verdict, finite_or_none, weakest
-from .wellposed import observe, perturbation, proved_operator
+from .wellposed import fresh_operator, observe, perturbation
 
 __all__ = ["Certifier", "certify"]
 
@@ -78,24 +80,31 @@ def _certify(
 ) -> Certificate:
     if not 0 < tol < 1:
         raise OptionError(f"tol is {tol!r}; it is a factor between 0 and 1")
-    layers = equilibrium_layers(model)
-    for name, layer in layers:
-        if layer.bias.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"layer {name!r} is {layer.bias.dtype}; float32 or float64 is needed: model.float()")
+    everything = any_layers(model)
+    for name, layer in everything:
+        dtype = layer.injection.weight.dtype if isinstance(layer, NEMONConv2d) else layer.bias.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(f"layer {name!r} is {dtype}; float32 or float64 is needed: model.float()")
     for network in (model, reference):
         _check_weights(network)
     if inputs is not None:
-        _check_inputs(model, inputs)
+        _check_inputs(model, inputs)  # which knows no images: of convolutional networks nothing is proved per input
     pairs = None if reference is None else _match(model, reference)
     fed_alike = {} if pairs is None else _fed_alike(model, pairs)
     proofs = {
         name: Proofs(
-            proved_operator(layer),
-            None if reference is None else proved_operator(_counterpart(reference, name)),
+            fresh_operator(layer),
+            None if reference is None else fresh_operator(_counterpart(reference, name)),
         )
-        for name, layer in layers
+        for name, layer in everything
+        if not isinstance(layer, NEMONConv2d)
     }
-    parts = {name: _layer_certificate(layer, proofs[name], reference, name, tol) for name, layer in layers}
+    parts = {
+        name: convolution_certificate(layer, _kernels_counterpart(reference, name), tol)
+        if isinstance(layer, NEMONConv2d)
+        else _layer_certificate(layer, proofs[name], reference, name, tol)
+        for name, layer in everything
+    }
     parts = {n: part if fed_alike.get(n) else replace(part, relative_bound=None) for n, part in parts.items()}
     proved = all(part.certified for part in parts.values())
     summary = weakest(tuple(parts.values()))
@@ -141,10 +150,12 @@ def _layer_certificate(
     float_layer = _counterpart(reference, name)
     return replace(
         found,
-        delta_norm=finite_or_none(change.delta_norm),
+        delta_norm=finite_or_none(change.own_norm),
         sufficient=change.sufficient,
         predeployment=change.predeployment,
-        relative_bound=_relative(layer, float_layer, change.delta_norm, proofs.reference.margin()),
+        relative_bound=_relative(layer, float_layer, change.delta_norm, proofs.reference.margin())
+        if operator.family.name == proofs.reference.family.name
+        else None,
     )
 
 
@@ -167,8 +178,8 @@ def _same_affine(linear: nn.Module, other: nn.Module) -> bool:
 def _fed_alike(model: nn.Module, pairs: list[Pair]) -> dict[str, bool]:
     """For each layer whether both networks surely give it the same input: nothing before it was changed."""
     found, alike = {}, True
-    for (name, module), (_, other) in zip(chain(model), pairs, strict=True):
-        if isinstance(module, EquilibriumLayer):
+    for (name, module), (_, other) in zip(chain(model, images=True), pairs, strict=True):
+        if isinstance(module, (EquilibriumLayer, NEMONConv2d)):
             found[name], alike = alike, False
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             alike = alike and _same_affine(module, other)
@@ -181,9 +192,15 @@ def _counterpart(reference: nn.Module, name: str) -> EquilibriumLayer:
     return module
 
 
+def _kernels_counterpart(reference: nn.Module | None, name: str) -> NEMONConv2d | None:
+    module = None if reference is None else reference.get_submodule(name)
+    assert module is None or isinstance(module, NEMONConv2d)
+    return module
+
+
 def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
     """Modules of both models side by side; raises :class:`StructureError` where they differ."""
-    ours, theirs = chain(model), chain(reference)
+    ours, theirs = chain(model, images=True), chain(reference, images=True)
     names, others = [name for name, _ in ours], [name for name, _ in theirs]
     if names != others:
         raise StructureError(f"the model has the modules {names}, the reference {others}: not the same network")
@@ -191,11 +208,8 @@ def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
         here, there = _shape(module), _shape(other)
         if here != there:
             raise StructureError(f"module {name!r}: the model has {here}, the reference {there}")
-        if (
-            isinstance(module, EquilibriumLayer)
-            and isinstance(other, EquilibriumLayer)
-            and module.activation != other.activation
-        ):
+        kinds = EquilibriumLayer, NEMONConv2d
+        if isinstance(module, kinds) and isinstance(other, kinds) and module.activation != other.activation:
             raise StructureError(f"layer {name!r}: activation {module.activation}, in the reference {other.activation}")
     return [(module, other) for (_, module), (_, other) in zip(ours, theirs, strict=True)]
 
@@ -203,6 +217,11 @@ def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
 def _shape(module: nn.Module) -> str:
     if isinstance(module, EquilibriumLayer):
         return f"an equilibrium layer {module.in_features} -> {module.features}"
+    if isinstance(module, NEMONConv2d):
+        stride, size = module.injection.stride[0], module.injection.kernel_size[0]
+        return f"a convolutional layer {module.in_channels} -> {module.channels}, {size}×{size}, stride {stride}"
+    if isinstance(module, nn.Unflatten):
+        return f"Unflatten({module.dim}, {module.unflattened_size})"
     if isinstance(module, (nn.Linear, QuantizedLinear)):
         return f"a linear module {module.in_features} -> {module.out_features}"
     idle = ("p", "inplace") if isinstance(module, nn.Dropout) else ("inplace",)  # what evaluation does not use

@@ -7,9 +7,10 @@ import math
 import torch
 
 from .. import verified
-from ..errors import NotWellPosedError, OptionError
+from ..errors import NotWellPosedError, OptionError, StructureError
 from ..norms import Euclidean, Norm, WeightedMax
 from ..operators import DenseOperator
+from ..operators.conv import ConvOperator
 from ..solvers import (
     DouglasRachford,
     ForwardBackward,
@@ -19,7 +20,7 @@ from ..solvers import (
     Tseng,
 )
 
-__all__ = ["closed_rates", "geometric_sum", "inexact_factor", "solver_rate", "steps_for"]
+__all__ = ["closed_rates", "geometric_sum", "inexact_factor", "kernel_rate", "solver_rate", "steps_for"]
 
 SLACK = 1 + 2.0**-45
 """Covers the dozen roundings of a closed formula."""
@@ -88,7 +89,7 @@ def solver_rate(
     return alpha, rate if rate is not None and rate < 1 else None
 
 
-def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator) -> float | None:
+def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator | ConvOperator) -> float | None:
     """A proved factor below 1 in ‖·‖_η for 0 < α <= α* (theory §7 [JDPB21]), or None.
 
     The averaged iteration 1 − α min(m, 1), forward–backward ‖(1 − α) I + αW‖_η = 1 − αm, Peaceman–Rachford
@@ -96,6 +97,8 @@ def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator) -> float
     """
     margin = operator.margin()
     if isinstance(solver, (PeacemanRachford, DouglasRachford)) and alpha > operator.averaging_step():
+        if isinstance(operator, ConvOperator):
+            return None
         matrix, error = operator.matrix64()
         norm = verified.cayley_norm(matrix, alpha, error) if error < math.inf else None
         if norm is not None and isinstance(solver, DouglasRachford):
@@ -114,6 +117,15 @@ def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator) -> float
     else:
         return None
     return _below_one(rate)
+
+
+def kernel_rate(solver: Solver, operator: ConvOperator) -> tuple[float | None, float | None]:
+    """:func:`solver_rate` of a convolution, whose solvers form no inverse."""
+    try:
+        alpha = solver.tune(operator).alpha
+    except (StructureError, NotWellPosedError, OptionError):
+        return solver.alpha, None
+    return alpha, rate_in_rows(solver, alpha, operator)
 
 
 def steps_for(rate: float | None, tol: float) -> int | None:

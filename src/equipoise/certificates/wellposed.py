@@ -13,23 +13,25 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
-from ..layers.chain import chain, equilibrium_layers
+from ..layers import NEMONConv2d
+from ..layers.chain import any_layers, chain, equilibrium_layers
 from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
-from ..norms import Euclidean, WeightedMax, perron
+from ..norms import Euclidean
 from ..operators import DenseOperator, QuantizedWeight
+from ..operators.conv import ConvOperator
 from ..operators.quantized import AssembledWeight
 from ..solvers import ForwardBackward
 
 __all__ = [
     "Perturbation",
     "euclidean_lipschitz",
+    "fresh_kernel",
     "fresh_operator",
     "lipschitz",
     "margin",
     "observe",
     "perturbation",
-    "proved_operator",
 ]
 
 
@@ -41,18 +43,14 @@ def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
         return DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
 
 
-def proved_operator(layer: EquilibriumLayer) -> DenseOperator:
-    """:func:`fresh_operator` in the family that proves the layer well posed: its own, or, where that proves no positive
-    margin, the weighted maximum norm of the Perron vector if that does (theory §7)."""
-    operator = fresh_operator(layer)
-    matrix, error = operator.matrix64()
-    if operator.margin() > 0 or not isinstance(operator.family, Euclidean) or error == math.inf:
-        return operator
-    eta, abscissa = perron(matrix, max(error, 2.0**-24 * verified.absolute_norm(matrix)))
-    if not abscissa < 1:
-        return operator
-    other = DenseOperator(operator.weight, exact=(matrix, error), family=WeightedMax(eta))
-    return other if other.margin() > 0 else operator
+def fresh_kernel(layer: NEMONConv2d) -> ConvOperator:
+    """:func:`fresh_operator` of a convolutional layer; its constants hold on images of any size."""
+    with torch.no_grad():
+        return copy.deepcopy(layer).operator
+
+
+def _fresh(layer: EquilibriumLayer | NEMONConv2d) -> DenseOperator | ConvOperator:
+    return fresh_kernel(layer) if isinstance(layer, NEMONConv2d) else fresh_operator(layer)
 
 
 def margin(model: nn.Module) -> float:
@@ -63,12 +61,12 @@ def margin(model: nn.Module) -> float:
     Holds for the matrix that the stored codes define and for the one multiplied by; of a float layer for W as the
     layer computes it in its own dtype (theory §1, §6).
     """
-    return min(fresh_operator(layer).margin() for _, layer in equilibrium_layers(model))
+    return min(_fresh(layer).margin() for _, layer in any_layers(model))
 
 
 def lipschitz(model: nn.Module) -> float:
     """A proved upper bound of L = ‖I − W‖₂ (of a NEMON layer ‖I − W‖_η), the largest over the equilibrium layers."""
-    return max(fresh_operator(layer).lipschitz() for _, layer in equilibrium_layers(model))
+    return max(_fresh(layer).lipschitz() for _, layer in any_layers(model))
 
 
 def euclidean_lipschitz(model: nn.Module) -> float | None:
@@ -100,15 +98,17 @@ def _norm(linear: nn.Linear | QuantizedLinear) -> float:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """T2 in its three forms (theory §5 [LLC26]), ΔW = W̃ − W; all norms are those of the reference's family (§7).
+    """T2 in its three forms (theory §5 [LLC26]), ΔW = W̃ − W; norms are those of the reference's family (§7).
 
-    ``delta_norm`` >= ‖ΔW‖₂, so |m̃ − m| and |L̃ − L| are at most that. ``sufficient``: ‖ΔW‖₂ < m proved.
-    ``predeployment``: nΔ/2 < m, known before rounding, for the published scheme with scale ``max`` only (else
-    None). The exact form, m̃ > 0, is the certificate's own margin.
+    ``delta_norm`` >= ‖ΔW‖₂, so |m̃ − m| and |L̃ − L| are at most that; ``own_norm`` the same in the quantized layer's
+    family, where that is another. ``sufficient``: ‖ΔW‖₂ < m proved.
+    ``predeployment``: nΔ/2 < m, known before rounding, for the published scheme with scale ``max`` and a Euclidean
+    m only (else None). The exact form, m̃ > 0, is the certificate's own margin.
     """
 
     delta: Tensor
     delta_norm: float
+    own_norm: float
     sufficient: bool
     predeployment: bool | None
 
@@ -118,13 +118,16 @@ def perturbation(layer: EquilibriumLayer, operator: DenseOperator, reference: De
     (tilde, e_tilde), (exact, e) = operator.matrix64(), reference.matrix64()
     delta = tilde - exact
     rounding = verified.up(verified.UNIT * verified.absolute_norm(delta))
-    norm = reference.family.norm(delta, verified.up(verified.up(e_tilde + e) + rounding))
-    m = reference.margin()
-    return Perturbation(delta, norm, norm < m, _predeployment(layer, m))
+    error = verified.up(verified.up(e_tilde + e) + rounding)
+    norm, m = reference.family.norm(delta, error), reference.margin()
+    euclidean = isinstance(reference.family, Euclidean)
+    own = norm if operator.family.name == reference.family.name else operator.family.norm(delta, error)
+    return Perturbation(delta, norm, own, norm < m, _predeployment(layer, m) if euclidean else None)
 
 
 def _predeployment(layer: EquilibriumLayer, m: float) -> bool | None:
-    """nΔ/2 < m with Δ the step of the ``max`` rule; one bit and fitted scales have no such check."""
+    """nΔ/2 < m with Δ the step of the ``max`` rule; one bit and fitted scales have no such check. In a weighted
+    maximum norm there is none either: ‖ΔW‖_η may exceed nΔ/2 by the spread of the weights."""
     weights = layer.recurrent
     if not isinstance(weights, AssembledWeight) or weights.codes.bits < 2:
         return None

@@ -33,13 +33,21 @@ __all__ = [
 class ModelName(enum.StrEnum):
     mondeq = "mondeq"
     nemon = "nemon"
+    nemonconv = "nemonconv"
+
+
+class PresetName(enum.StrEnum):
+    small = "small"
+    published = "published"
 
 
 def _option(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, show_default=False)
 
 
-Features = Annotated[int | None, _option("Size of the equilibrium layer; default 100.", "--features")]
+Features = Annotated[
+    int | None, _option("Size of the equilibrium layer, default 100; channels of a nemonconv.", "--features")
+]
 Rank = Annotated[int | None, _option("Rows of A; default a quarter of the features.", "--rank")]
 Margin = Annotated[float | None, _option("Margin to start from, default 1; it is learned.", "--margin")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
@@ -66,12 +74,15 @@ def train(
     features: Features = None,
     rank: Rank = None,
     margin: Margin = None,
-    gamma: Annotated[float | None, _option("Measure of a nemon, below 1; default 0.95.")] = None,
+    gamma: Annotated[float | None, _option("Measure of a nemon, below 1; default 0.95, of a nemonconv 0.1.")] = None,
+    preset: Annotated[
+        PresetName | None, _option("Of a nemonconv: small (default) or published, which has 81 channels.")
+    ] = None,
     eps: Annotated[
         float, typer.Option("--eps-inf", help="Train on boxes of so much per pixel of [0, 1]; nemon only.")
     ] = 0.0,
     lipschitz_weight: Annotated[float, typer.Option(help="Of the ℓ∞ Lipschitz bound in the loss; nemon only.")] = 0.0,
-    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
+    epochs: Annotated[int | None, _option("Passes over the training split; default 12, or the preset's.")] = None,
     batch_size: BatchSize = 128,
     lr: LearningRate = 3e-3,
     weight_decay: WeightDecay = None,
@@ -106,6 +117,8 @@ def train(
     Ctrl-C, and even kill -9, keep the last whole epoch, for --resume.
     """
     from .._atomic import check_output
+    from ..data import load_data
+    from ..demo import PRESETS
     from ..jobs import Job
     from ..robust import RobustLoss
     from ..training import CHECKPOINT_NAME, TrainingConfig
@@ -113,11 +126,12 @@ def train(
     parts = {"input_bits": input_bits, "bias_bits": bias_bits, "head_bits": head_bits, "skew_bits": skew_bits}
     chosen = chosen_scheme(scheme, bits, {**parts, "granularity": granularity, "scale": scale}, margin_target)
     robust = RobustLoss(eps, lipschitz_weight=lipschitz_weight) if eps or lipschitz_weight else None
-    if model is not ModelName.nemon and (robust is not None or gamma is not None):
+    if model is not ModelName.nemon and (robust is not None or (gamma is not None and model is ModelName.mondeq)):
         raise OptionError("--gamma, --eps-inf and --lipschitz-weight are of maximum norms: add --model nemon")
-    measure = (0.95 if gamma is None else gamma) if model is ModelName.nemon else None
+    measure = 0.95 if gamma is None and model is ModelName.nemon else gamma
+    shape = preset_for(model, preset)
     config = TrainingConfig(
-        epochs,
+        (12 if shape is None else PRESETS[shape].epochs) if epochs is None else epochs,
         batch_size,
         lr,
         decay(weight_decay, input_bits),
@@ -128,11 +142,14 @@ def train(
         margin=penalty(margin_target, margin_ratio, margin_weight),
         robust=robust,
     )
-    job = Job(data, config, chosen, learn_scale, features, rank, margin, start, data_dir, measure)
+    job = Job(data, config, chosen, learn_scale, features, rank, margin, start, data_dir, measure, shape)
     check_output(out, force)
     folder = log_dir or out.with_suffix(".run")
-    if force and not resume:
-        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    if folder == out:
+        raise OptionError(f"{out} would be the model and the folder of its training: name one otherwise, or --log-dir")
+    if force and not resume and (folder / CHECKPOINT_NAME).exists():
+        job.network(load_data(data, data_dir))  # nothing is thrown away for a training that cannot begin
+        (folder / CHECKPOINT_NAME).unlink()
     return _run(job, folder, resume, out, force, as_json)
 
 
@@ -151,6 +168,15 @@ def _run(job: Job, folder: Path, resume: bool, out: Path, force: bool, as_json: 
     for words in missed:
         tell(words)
     return UNMET if missed else 0
+
+
+def preset_for(model: ModelName, preset: PresetName | None) -> str | None:
+    """The preset of a convolutional network, None of any other."""
+    if model is ModelName.nemonconv:
+        return (preset or PresetName.small).value
+    if preset is not None:
+        raise OptionError(f"--preset {preset.value} is of convolutional networks: add --model nemonconv")
+    return None
 
 
 def chosen_scheme(name: str | None, bits: int | None, options: dict[str, Any], target: float | None) -> Scheme | None:

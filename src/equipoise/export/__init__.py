@@ -64,6 +64,10 @@ def export(
     folder = check_folder(out, force)
     options = Options(mode, tol, input_range, activation_bits, uncertified)
     if target == "onnx":
+        if calibration is not None or activation_bits != 16:
+            raise OptionError(
+                "calibration (--data) and activation_bits (--activation-bits) are for target c; a graph is float32"
+            )
         module, certificate = unrolled(model, reference, options)
         written = graphs(take_apart(model), module, certificate)
         write_files(folder, {**written, "certificate.json": certificate.to_json() + "\n"}, force)

@@ -146,6 +146,11 @@ def _reference(network: Network, own: Exact, reference: nn.Module | None) -> Ref
         raise StructureError(
             f"the reference has the sizes {shapes[1]}, the model {shapes[0]} (inputs, features, classes)"
         )
+    if theirs.preprocessing not in (None, network.preprocessing):
+        raise StructureError(
+            f"the reference has the preprocessing {theirs.preprocessing}, the model {network.preprocessing}: from the "
+            "same pixels they would get different inputs"
+        )
     exact = Exact.of(theirs.layer)
     if exact.margin <= 0:
         raise NotWellPosedError(

@@ -68,7 +68,8 @@ class FactoredProgram(Program):
     def macs(self) -> int:
         n = self.features
         head = 0 if self.head is None else self.head.codes.size
-        return self.injection.codes.size + self.steps * (n * (n - 1) + 2 * self.A.codes.size) + head
+        # the start T(0) is a step on zeros, and is computed like any other
+        return self.injection.codes.size + (self.steps + 1) * (n * (n - 1) + 2 * self.A.codes.size) + head
 
 
 @dataclass(frozen=True, eq=False)

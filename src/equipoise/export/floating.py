@@ -26,6 +26,7 @@ __all__ = ["FixedSteps", "Floating", "plan_floating"]
 
 UNIT = 2.0**-24
 TINY = 2.0**-126 * 4
+LARGEST = 2.0**126
 
 
 def _gamma(k: int) -> float:
@@ -100,7 +101,9 @@ class Floating:
     def head_errors(self, V: Tensor, c: Tensor) -> Tensor:
         """Upper bounds (k,) of what computing ``V z + c`` loses."""
         size = self.iteration.iterate_norm
-        return _gamma(V.shape[1] + 6) * (verified.row_norms(V) * size + c.abs()) * SLACK + TINY * V.shape[1]
+        return _gamma(V.shape[1] + 6) * (verified.row_norms(V) * size + c.abs()) * SLACK + (
+            TINY * V.shape[1] * (1 + size)
+        )
 
 
 def plan_floating(network: Network, box: Box) -> Floating:
@@ -114,13 +117,14 @@ def plan_floating(network: Network, box: Box) -> Floating:
     reach = _norm(box.center.abs() + box.half)
     q = box.norm(U, b, e_U) + e_b
     # e_U, e_b bound what the cast to the layer's own dtype lost; below float32 there is one more rounding
-    q_error = _gamma(U.shape[1] + 6) * (verified.absolute_norm(U) * reach + _norm(b)) * SLACK + e_U * reach + e_b
+    sums = (verified.absolute_norm(U) * reach + _norm(b)) * SLACK
+    q_error = _gamma(U.shape[1] + 6) * sums + e_U * reach + e_b + TINY * (1 + reach) * U.shape[1] * len(b)
     weights = network.layer.recurrent
     if isinstance(weights, CayleyWeight):
         alpha, C = float(weights.alpha), weights.C.dequantize()
         spread = verified.absolute_norm(C)
         rho = verified.spectral_norm(C, verified.UNIT * spread)
-        terms, gain = len(C) + 8, spread
+        terms, gain, widest = len(C) + 8, spread, 1 + spread
         start = alpha * (1 + rho) * q
         start_error = alpha * ((1 + rho) * q_error + _gamma(terms) * (1 + spread) * (q + q_error)) * SLACK
     else:
@@ -129,12 +133,27 @@ def plan_floating(network: Network, box: Box) -> Floating:
         alpha, rho = on.alpha, on.rho
         A, K = verified.absolute_norm(weights.A.dequantize()), verified.absolute_norm(weights.K.dequantize())
         terms, gain = len(weights.K.dequantize()) + weights.A.shape[0] + 16, 1 + alpha * (A**2 + K)
+        widest = (1 + alpha) * (1 + A + A**2 + K)
         start = alpha * q
         start_error = alpha * (q_error + _gamma(4) * (q + q_error)) * SLACK
     if rho >= 1:
         raise NotWellPosedError(f"the steps are not proved to contract (factor {rho:.9g}); use more bits", 0.0)
     norm, error = _settled(rho, gain, start * SLACK, start_error, _gamma(terms), TINY * terms * len(b))
+    _check_overflow(network, reach, (1 + alpha) * (sums + q_error), verified.absolute_norm(U), widest, norm)
     return Floating(alpha, U, b, Iteration(rho, error, norm, (start + start_error) / (1 - rho) * SLACK, 1, False))
+
+
+def _check_overflow(network: Network, reach: float, start: float, injection: float, widest: float, norm: float) -> None:
+    """Whether every number on the way is a float32: inputs, weights, and all sums of absolute values."""
+    largest = max(reach, injection, start * widest, widest * (norm + start))
+    if network.head is not None:
+        V, c, _, _ = affine64(network.head)
+        largest = max(largest, verified.absolute_norm(V) * (1 + norm) + _norm(c))
+    if not largest < LARGEST:
+        raise OptionError(
+            f"numbers of up to {largest:.3g} may occur, more than float32 is proved to hold; narrow the input range or "
+            "scale the network"
+        )
 
 
 def _settled(

@@ -63,15 +63,22 @@ class _Builder:
         return self.node("DequantizeLinear", q, self.constant(f"{name}_scale", flat), name=name, axis=0)
 
     def matrix(self, name: str, stored: Any) -> str:
-        """A weight as codes where it is stored as codes, else as floats."""
+        """A weight as codes where it is stored as codes that fit, else as floats."""
         if isinstance(stored, QuantizedTensor):
-            return self.coded(name, stored.codes.cpu().numpy(), stored.scale.double().cpu().numpy())
+            if _fits(stored):
+                return self.coded(name, stored.codes.cpu().numpy(), stored.scale.double().cpu().numpy())
+            stored = stored.dequantize()
         return self.constant(name, stored.detach().float().cpu().numpy())
 
     def affine(self, x: str, W: str, *b: str, name: str | None = None) -> str:
         """x Wᵀ + b. Gemm and not MatMul: onnxruntime rounds the activations of a MatMul on dequantized weights to 8
         bits on its own, which no bound here accounts for."""
         return self.node("Gemm", x, W, *b, name=name, transB=1)
+
+
+def _fits(stored: QuantizedTensor) -> bool:
+    """Whether DequantizeLinear reads it here: at most 16 bits, one scale or one per row."""
+    return stored.bits <= 16 and all(size == 1 for size in stored.scale.shape[1:])
 
 
 def _vector(stored: Any, size: int) -> Any:
@@ -136,8 +143,9 @@ def _equilibrium(graph: _Builder, network: Network, module: FixedSteps, q: str, 
     n = weights.features
     half = np.zeros((n, n), dtype=np.int64)
     half[np.triu_indices(n, 1)] = weights.K.codes.cpu().numpy()
+    # FactoredMap.of has refused codes of more than 16 bits
     K = graph.coded("K", half - half.T, weights.K.scale.double().cpu().numpy())
-    A = graph.coded("A", weights.A.codes.cpu().numpy(), weights.A.scale.double().cpu().numpy())
+    A = graph.matrix("A", weights.A)
     keep = graph.constant("keep", np.float32(module.keep))
     p = graph.node("Mul", q, alpha)
 

@@ -41,8 +41,9 @@ def flash_bytes(program: Program) -> int:
 
 
 def ram_bytes(program: Program) -> int:
-    """Bytes of the arrays that a call works in, input and scores not counted: they are the caller's."""
+    """Bytes of the arrays that a call works in; input and results are not counted, they are the caller's."""
     n = program.features
     state = 1 if program.state_type == "uint8_t" else 2
-    # Cayley: p, c, and two iterates; factored: p, the two products, and one iterate
-    return 2 * 4 * n + 2 * state * n if isinstance(program, CayleyProgram) else 3 * 4 * n + state * n
+    # Cayley: p, c, and two iterates; factored: p and the two products; with a head the equilibrium is an array of ours
+    own = 2 * 4 * n + 2 * state * n if isinstance(program, CayleyProgram) else 3 * 4 * n
+    return own + (0 if program.head is None else state * n)

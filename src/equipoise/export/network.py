@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..activations import ReLU
 from ..data import Preprocessing
-from ..errors import OptionError, StructureError
+from ..errors import InputError, OptionError, StructureError
 from ..layers.chain import chain
 from ..layers.linear import QuantizedLinear
 from ..layers.mondeq import MonDEQ
@@ -33,9 +33,13 @@ class CodedMatrix:
 
     @classmethod
     def of(cls, stored: QuantizedTensor, name: str) -> CodedMatrix:
-        """Raises :class:`OptionError` for bits that no kernel reads."""
+        """Raises :class:`OptionError` for bits and scales that no kernel reads."""
         if stored.bits > WIDEST:
             raise OptionError(f"{name} has {stored.bits} bits; there are kernels for 1 to {WIDEST}: quantize it again")
+        if any(size != 1 for size in stored.scale.shape[1:]):
+            raise OptionError(
+                f"{name} has scales of the shape {tuple(stored.scale.shape)}; kernels read one per tensor or per row"
+            )
         scales = stored.scale.double().flatten().tolist()
         rows = stored.codes.shape[0]
         exact = tuple(Fraction(s) for s in (scales if len(scales) == rows else scales * rows))
@@ -107,10 +111,13 @@ def code_linear(linear: nn.Module, largest: int, name: str) -> CodedLinear:
     coded = CodedMatrix.of(weight, name) if isinstance(weight, QuantizedTensor) else _round(weight, largest)
     bias = linear.bias
     if isinstance(bias, QuantizedTensor):
-        values = tuple(Fraction(int(c)) * Fraction(float(bias.scale)) for c in bias.codes)
+        scales = bias.scale.double().expand(bias.codes.shape).tolist()
+        values = tuple(int(c) * Fraction(s) for c, s in zip(bias.codes.tolist(), scales, strict=True))
     elif bias is None:
         values = (Fraction(0),) * coded.codes.shape[0]
     else:
+        if not bool(torch.isfinite(bias).all()):
+            raise InputError(f"{name} has a bias with NaN or infinite entries; nothing can be proved about it")
         values = tuple(Fraction(v) for v in bias.detach().double().tolist())
     return CodedLinear(coded, values)
 

@@ -56,11 +56,18 @@ class Iteration:
         """Upper bound of ρ^{K + first} ‖v*‖."""
         if self.contraction >= 1:
             return math.inf
-        power = math.exp((steps + self.first) * math.log(self.contraction)) * SLACK if self.contraction else 0.0
-        norm = self.solution_norm
-        if self.checked and power < 1:  # ‖v_K‖ <= iterate_norm and ‖v_K − v*‖ <= ρ^k ‖v*‖ + rounding
-            norm = min(norm, (self.iterate_norm + self.rounding) / (1 - power))
-        return power * norm * SLACK
+        norm, before = self.solution_norm, self._power(steps + self.first - 1)
+        if self.checked and before < 1:
+            # ‖v_{K−1}‖ <= iterate_norm and ‖v_{K−1} − v*‖ <= ρ^{K−1+first} ‖v*‖ + rounding; of the last one just the
+            # positive part was compared with its limit
+            norm = min(norm, (self.iterate_norm + self.rounding) / (1 - before))
+        return self._power(steps + self.first) * norm * SLACK
+
+    def _power(self, exponent: int) -> float:
+        """Upper bound of ρ^exponent."""
+        if exponent <= 0:
+            return 1.0
+        return math.exp(exponent * math.log(self.contraction)) * SLACK if self.contraction else 0.0
 
     def steps_for(self, tol: float | None, more: float = 0.0) -> int:
         """The fewest steps with rounding + truncation + ``more`` <= tol; by default truncation <= rounding / 4.

@@ -156,7 +156,7 @@ def host(shipped: Shipped) -> str:
             solve=solve,
             width=width,
             range_check=_range_check(program, shipped.grid.ctype, own_index=True),
-            scores=HEAD_OF_A_TILE if program.head is not None else "",
+            scores=HEAD_OF_A_TILE if program.head is not None else "        (void)scores;\n",
         )
     )
     return "\n".join(parts)

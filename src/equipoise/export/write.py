@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,9 +15,16 @@ from .fixedpoint import Integers
 from .source import header, host, source, template
 from .vectors import vectors_header
 
-__all__ = ["check_folder", "write_c", "write_files"]
+__all__ = ["PROVED", "check_folder", "fingerprint", "write_c", "write_files"]
 
 LAYOUT = 1
+
+PROVED = ("eqnet.h", "eqnet.c", "eqnet_host.c")
+"""The sources that a certificate is about."""
+
+CERTIFICATE = "certificate.json"
+EXPORTED = (*PROVED, "vectors.h", "selftest.c", "unrolled.onnx", "loop.onnx")
+"""What exports write."""
 
 
 def check_folder(folder: str | os.PathLike[str], force: bool) -> Path:
@@ -41,10 +49,14 @@ def check_folder(folder: str | os.PathLike[str], force: bool) -> Path:
 
 
 def write_files(folder: Path, texts: dict[str, str | bytes], force: bool) -> dict[str, Path]:
-    """Each file whole or not at all; the last one is there only if all are."""
+    """Each file whole or not at all; the last one is there only if all are, and belongs to the others."""
     check_folder(folder, force)
     try:
         folder.mkdir(exist_ok=True)
+        # an earlier proof is not to be found beside half of a new program, nor earlier files beside a new proof
+        for name in (CERTIFICATE, *EXPORTED):
+            if name == CERTIFICATE or name not in texts:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from error
     for name, text in texts.items():
@@ -61,13 +73,19 @@ def write_c(shipped: Shipped, folder: Path, samples: Integers | None, force: boo
         "vectors.h": vectors_header(shipped, samples),
         "selftest.c": template("selftest.c"),
         "eqnet_host.c": host(shipped),
-        "certificate.json": json.dumps(document(shipped), allow_nan=False, indent=1, ensure_ascii=False) + "\n",
     }
+    certificate = document(shipped, {name: fingerprint(texts[name]) for name in PROVED})
+    texts[CERTIFICATE] = json.dumps(certificate, allow_nan=False, indent=1, ensure_ascii=False) + "\n"
     return write_files(folder, texts, force)
 
 
-def document(shipped: Shipped) -> dict[str, Any]:
-    """``certificate.json``: the certificate, and under ``program`` what reads the integers."""
+def fingerprint(text: str | bytes) -> str:
+    """SHA-256 of a file: what is proved is proved about this one."""
+    return hashlib.sha256(text.encode("utf-8") if isinstance(text, str) else text).hexdigest()
+
+
+def document(shipped: Shipped, sources: dict[str, str]) -> dict[str, Any]:
+    """``certificate.json``: the certificate, and under ``program`` what reads the integers and its sources."""
     program = shipped.program
     interface = {
         "layout": LAYOUT,
@@ -77,5 +95,6 @@ def document(shipped: Shipped) -> dict[str, Any]:
         "state_unit": shipped.unit,
         "score_unit": shipped.score_unit,
         "per_input": shipped.per_input,
+        "sha256": sources,
     }
     return {**shipped.certificate.to_dict(), "program": interface}

@@ -10,11 +10,28 @@ from .equilibrium import EquilibriumLayer
 from .linear import PreparedLinear, QuantizedLinear
 from .mondeq import MonDEQ
 from .nemon import NEMON
+from .nemon_conv import NEMONConv2d
 
-__all__ = ["EQUILIBRIUM", "LIPSCHITZ_ONE", "chain", "equilibrium_layers", "final_head", "is_prepared"]
+__all__ = [
+    "CONVOLUTIONAL",
+    "EQUILIBRIUM",
+    "IMAGES",
+    "LIPSCHITZ_ONE",
+    "any_layers",
+    "chain",
+    "equilibrium_layers",
+    "final_head",
+    "is_prepared",
+]
 
 EQUILIBRIUM = (MonDEQ, NEMON)
 """Equilibrium layers: a new kind registers here."""
+
+CONVOLUTIONAL = (NEMONConv2d,)
+"""Equilibrium layers on images: admitted where ``images`` is asked for."""
+
+IMAGES = (*CONVOLUTIONAL, nn.Unflatten, nn.AvgPool2d)
+"""What is admitted in a chain only where ``images`` is asked for, as not everything here is proved of these."""
 
 LIPSCHITZ_ONE = (
     nn.Flatten,
@@ -29,15 +46,17 @@ LIPSCHITZ_ONE = (
 """Modules without weights that are 1-Lipschitz in the 2-norm when evaluated."""
 
 
-def chain(model: nn.Module, prepared: bool = False) -> list[tuple[str, nn.Module]]:
+def chain(model: nn.Module, prepared: bool = False, images: bool = False) -> list[tuple[str, nn.Module]]:
     """The modules of ``model`` in order, with their names; nested ``nn.Sequential`` are opened.
+
+    ``images`` admits convolutional layers, and what brings images to them and away.
 
     Raises:
         StructureError: a module that is neither an equilibrium layer, linear, nor a known activation, or that
             computes something else than its kind does: a ``forward`` of its own, or hooks; and, unless
             ``prepared``, one that is being trained for quantization.
     """
-    found = _opened(model)
+    found = _opened(model, images)
     waiting = None if prepared else next((name for name, module in found if is_prepared(module)), None)
     if waiting is not None:
         where = f"module {waiting!r}" if waiting else "the layer"
@@ -53,25 +72,31 @@ def is_prepared(module: nn.Module) -> bool:
     )
 
 
-def _opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _opened(model: nn.Module, images: bool) -> list[tuple[str, nn.Module]]:
     if isinstance(model, nn.Sequential):
         _check_plain(model, nn.Sequential, "")
         found = []
         for name, child in model._modules.items():  # named_children() leaves out a module that appears twice
             assert child is not None
-            inner = _opened(child) if isinstance(child, nn.Sequential) else [("", _known(child, name))]
+            inner = _opened(child, images) if isinstance(child, nn.Sequential) else [("", _known(child, name, images))]
             found += [(f"{name}.{rest}" if rest else name, module) for rest, module in inner]
         return found
-    return [("", _known(model, ""))]
+    return [("", _known(model, "", images))]
 
 
-def _known(module: nn.Module, name: str) -> nn.Module:
-    for kind in (*EQUILIBRIUM, nn.Linear, QuantizedLinear, PreparedLinear, *LIPSCHITZ_ONE):
+def _known(module: nn.Module, name: str, images: bool) -> nn.Module:
+    admitted = IMAGES if images else ()
+    for kind in (*EQUILIBRIUM, nn.Linear, QuantizedLinear, PreparedLinear, *LIPSCHITZ_ONE, *admitted):
         if isinstance(module, kind):
             _check_plain(module, kind, name)
             return module
     allowed = ", ".join(kind.__name__ for kind in (*EQUILIBRIUM, nn.Linear, *LIPSCHITZ_ONE))
     where = f" at position {name!r}" if name else ""
+    if isinstance(module, IMAGES):
+        raise StructureError(
+            f"{type(module).__name__}{where} is not supported here: a convolutional network can be trained as floats, "
+            "saved, quantized by Structured, and certified by its measure, without inputs"
+        )
     raise StructureError(
         f"{type(module).__name__}{where} is not supported here; build the model as a layer or an nn.Sequential of "
         f"{allowed}"
@@ -100,14 +125,24 @@ def equilibrium_layers(model: nn.Module, prepared: bool = False) -> list[tuple[s
     return found
 
 
-def final_head(model: nn.Module, prepared: bool = False) -> str | None:
+def any_layers(model: nn.Module) -> list[tuple[str, EquilibriumLayer | NEMONConv2d]]:
+    """:func:`equilibrium_layers`, convolutional ones included."""
+    kinds = (*EQUILIBRIUM, *CONVOLUTIONAL)
+    found: list[tuple[str, EquilibriumLayer | NEMONConv2d]]
+    found = [(name, module) for name, module in chain(model, images=True) if isinstance(module, kinds)]
+    if not found:
+        raise StructureError(f"{type(model).__name__} has no equilibrium layer; nothing to quantize or certify")
+    return found
+
+
+def final_head(model: nn.Module, prepared: bool = False, images: bool = False) -> str | None:
     """The name of the one linear module that follows the last equilibrium layer and ends the model, if so."""
-    modules = chain(model, prepared)
-    last = max((i for i, (_, module) in enumerate(modules) if isinstance(module, EQUILIBRIUM)), default=-1)
+    modules, kinds = chain(model, prepared, images), (*EQUILIBRIUM, *CONVOLUTIONAL)
+    last = max((i for i, (_, module) in enumerate(modules) if isinstance(module, kinds)), default=-1)
     rest = [
         (name, module)
         for name, module in modules[last + 1 :]
-        if not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout))
+        if not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout, nn.AvgPool2d))
     ]
     if len(rest) == 1 and isinstance(rest[0][1], (nn.Linear, QuantizedLinear, PreparedLinear)):
         return rest[0][0]

@@ -122,7 +122,7 @@ class EquilibriumLayer(nn.Module, ABC):
 
     def _operator(self, kept: dict[Any, Any]) -> DenseOperator:
         trained = self._trains()
-        constants = kept.setdefault(("constants", self._own_stage()), {})
+        constants = kept.setdefault(("constants", self._stage()), {})
         if isinstance(self.recurrent, PreparedWeight) and trained:
             return self.recurrent.operator(constants)
         if isinstance(self.recurrent, (QuantizedWeight, PreparedWeight)):
@@ -307,10 +307,12 @@ class EquilibriumLayer(nn.Module, ABC):
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.recurrent.parameters())
 
-    def _own_stage(self) -> bool:
-        """Whether training has constants of its own: approximate inverses, and of a layer prepared for quantization
-        another operator than that of its codes."""
-        return self._trains() and (self.training or isinstance(self.recurrent, PreparedWeight))
+    def _stage(self) -> tuple[object, ...]:
+        """What besides the weights decides which constants serve: training has approximate inverses, right to its
+        tolerances, and of a layer prepared for quantization another operator than that of its codes."""
+        trains = self._trains()
+        prepared = trains and isinstance(self.recurrent, PreparedWeight)
+        return (prepared, self.training_tol, self.tol, self.backward_tol) if trains and self.training else (prepared,)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         if self.training and self.training_tol is not None:
@@ -322,11 +324,12 @@ class EquilibriumLayer(nn.Module, ABC):
         with keeping():  # what is kept must serve training as well
             kept = self._kept()
             operator = self._operator(kept)
-            key = "tuning", solver, self._own_stage()
+            key = "tuning", solver, self._stage()
             if key not in kept:
                 memory = self.training_memory if self.training and self._trains() and solver == self.solver else None
                 if memory is not None and memory.serves(operator):
-                    memory.carry(operator, self._tolerance(operator.weight.dtype))
+                    tol = self._tolerance(operator.weight.dtype)
+                    memory.carry(operator, min(tol, self.backward_tol or tol))
                     kept[key] = memory.tuning
                 else:
                     check_finite(operator.weight.detach(), "the recurrent weights' W")

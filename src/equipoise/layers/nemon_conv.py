@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, final
 
 import torch
@@ -13,7 +12,9 @@ from ..errors import InputError, OptionError
 from ..implicit import attach, equilibrate, report_failures
 from ..operators.base import product_rounding
 from ..operators.conv import ConvOperator
-from ..parametrizations.nemon import check_gamma
+from ..operators.kernels import StructuredKernel
+from ..parametrizations import ContractiveKernel
+from ..quantization.schemes import Scheme
 from ..solvers import ForwardBackward, Picard, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
 from .arguments import check_solver, check_tol, reached
@@ -41,13 +42,17 @@ class NEMONConv2d(nn.Module):
         activation, solver, tol, backward_tol, training_tol, strict: as of :class:`equipoise.NEMON`; the solver is
             ForwardBackward, Picard, or Anderson or Broyden on one of them.
 
-    State: ``T (C, C, k, k)``, ``d (C,)``, ``gamma``, ``injection.weight``, ``injection.bias``.
+    Of a quantized layer ``recurrent`` holds codes, and ``scheme`` is the scheme it was quantized by, else None.
+
+    State: ``recurrent.T (C, C, k, k)``, ``recurrent.d (C,)``, ``recurrent.gamma``, ``injection.weight``,
+    ``injection.bias``.
 
     Raises:
         OptionError: a value outside its range.
     """
 
-    gamma: Tensor
+    recurrent: ContractiveKernel | StructuredKernel
+    injection: nn.Conv2d
 
     def __init__(
         self,
@@ -70,10 +75,7 @@ class NEMONConv2d(nn.Module):
                 raise OptionError(f"{name} is {value!r}; it is a positive integer")
         if kernel_size % 2 == 0:
             raise OptionError(f"kernel_size is {kernel_size}; it is odd, so that a kernel has a centre")
-        scale = 0.3 / math.sqrt(channels * kernel_size**2)
-        self.T = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size).uniform_(-scale, scale))
-        self.d = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("gamma", torch.tensor(check_gamma(gamma), dtype=torch.get_default_dtype()))
+        self.recurrent = ContractiveKernel(channels, kernel_size, gamma)
         padding = kernel_size // 2
         self.injection = nn.Conv2d(
             in_channels, channels, kernel_size, stride, padding, padding_mode="circular" if padding else "zeros"
@@ -85,32 +87,46 @@ class NEMONConv2d(nn.Module):
             None if value is None else check_tol(value) for value in (tol, backward_tol, training_tol)
         )
         self.strict = strict
+        self.scheme: Scheme | None = None
         self._derived = Derived()
         self.training_memory: Memory | None = None
 
     @property
+    def in_channels(self) -> int:
+        return self.injection.in_channels
+
+    @property
+    def channels(self) -> int:
+        return self.injection.out_channels
+
+    @property
     def kernel(self) -> Tensor:
-        """K ``(C, C, k, k)``, the diagonal included."""
-        with torch.autocast(self.T.device.type, enabled=False):
-            ratios = torch.exp(self.d[None, :] - self.d[:, None])[:, :, None, None]
-            lowering = self.gamma - self.T.abs().sum((1, 2, 3))
-            middle = self.T.shape[2] // 2
-            center = torch.zeros_like(self.T)
-            center[:, :, middle, middle] = torch.diag(lowering)
-            return self.T * ratios + center
+        """K ``(C, C, k, k)`` that is multiplied by, the diagonal included."""
+        return self.operator.weight
+
+    @property
+    def operator(self) -> ConvOperator:
+        """W on a single pixel; its constants hold on images of any size."""
+        return self.operator_for((1, 1))
 
     def operator_for(self, size: tuple[int, int]) -> ConvOperator:
         """W on images of ``size`` = (H/stride, W/stride); constants are computed once per weights and size."""
         with keeping():
-            d = self.d.detach().to("cpu", torch.float64)
-            derived = self._derived.of(self).setdefault(("constants", size), {})
-            kernel = self.kernel
-            return ConvOperator(kernel, size, torch.exp(d.min() - d), derived)
+            kept, like = self._derived.of(self), self.injection.weight
+            constants, eta = kept.setdefault(("constants", size), {}), self.recurrent.family().eta
+            if isinstance(self.recurrent, ContractiveKernel):
+                return ConvOperator(self.recurrent(), size, eta, constants)
+            key = "applied", like.dtype, like.device
+            if key not in kept:
+                with torch.no_grad():
+                    kept[key] = self.recurrent.applied(like.detach())
+            kernel, doubt = kept[key]
+            return ConvOperator(kernel, size, eta, constants, doubt)
 
     def margin(self) -> float:
         """A proved lower bound of 1 − μ_η(W), on images of any size."""
         with torch.no_grad():
-            return self.operator_for((1, 1)).margin()
+            return self.operator.margin()
 
     def forward(self, x: Tensor) -> Tensor:
         """z* for ``x (B, c, H, W)``, differentiable in x and the weights (implicitly, theory §3)."""
@@ -159,9 +175,10 @@ class NEMONConv2d(nn.Module):
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.injection.in_channels:
             given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"the input is {given}; (batch, {self.injection.in_channels}, height, width) is needed")
-        if not x.is_floating_point() or self.T.dtype not in TOLERANCE:
-            raise InputError(f"the input is {x.dtype}, the layer {self.T.dtype}; floats of 32 or 64 bits are needed")
-        q: Tensor = self.injection(x.to(self.T.dtype))
+        dtype = self.injection.weight.dtype
+        if not x.is_floating_point() or dtype not in TOLERANCE:
+            raise InputError(f"the input is {x.dtype}, the layer {dtype}; floats of 32 or 64 bits are needed")
+        q: Tensor = self.injection(x.to(dtype))
         if not bool(torch.isfinite(q.detach()).all()):
             raise InputError("U x + b holds NaN or infinite entries; clean the input (torch.isfinite) or the weights")
         return q.flatten(1), (q.shape[2], q.shape[3])
@@ -195,5 +212,5 @@ class NEMONConv2d(nn.Module):
         self._derived, self.training_memory = Derived(), None
 
     def extra_repr(self) -> str:
-        options: dict[str, Any] = {"channels": len(self.T), "activation": self.activation, "solver": self.solver}
+        options: dict[str, Any] = {"channels": self.channels, "activation": self.activation, "solver": self.solver}
         return ", ".join(f"{name}={value}" for name, value in options.items())

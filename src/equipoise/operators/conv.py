@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,21 @@ from ..norms import WeightedMax
 from .base import MonotoneOperator
 from .dense import TransposedOperator
 
-__all__ = ["ConvOperator"]
+__all__ = ["ConvOperator", "Doubt"]
 
 T = TypeVar("T")
+
+
+class Doubt(NamedTuple):
+    """How far the kernel that is multiplied by may lie from the one that stored numbers define.
+
+    ``rows (C,)`` bounds Σ |ΔK_c| η/η_c, ``spectral`` the 2-norm; ``floor``: a lower bound of 1 − μ that holds of the
+    stored numbers' kernel by algebra.
+    """
+
+    rows: Tensor
+    spectral: float
+    floor: float
 
 
 class ConvOperator(MonotoneOperator):
@@ -34,10 +46,16 @@ class ConvOperator(MonotoneOperator):
         size: (H, W).
         eta: one weight per channel.
         derived: constants already computed for these same values, shared and filled.
+        doubt: where stored numbers define another kernel: bounds hold for both.
     """
 
     def __init__(
-        self, kernel: Tensor, size: tuple[int, int], eta: Tensor, derived: dict[Any, Any] | None = None
+        self,
+        kernel: Tensor,
+        size: tuple[int, int],
+        eta: Tensor,
+        derived: dict[Any, Any] | None = None,
+        doubt: Doubt | None = None,
     ) -> None:
         channels, inputs, height, width = kernel.shape
         if channels != inputs or height != width or height % 2 == 0:
@@ -46,6 +64,8 @@ class ConvOperator(MonotoneOperator):
         self.features = channels * size[0] * size[1]
         self.family = WeightedMax(self.eta.repeat_interleave(size[0] * size[1]))
         self._derived = {} if derived is None else derived
+        self._doubt = doubt
+        self.representation_error = 0.0 if doubt is None else doubt.spectral
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """What ``compute`` gives, computed once for these weights."""
@@ -105,10 +125,25 @@ class ConvOperator(MonotoneOperator):
         up = torch.full_like(sums, math.inf)
         return torch.nextafter(torch.nextafter(sums, up) + diagonal, up)
 
+    def _doubtful(self, rows: Tensor) -> Tensor:
+        """Upper bounds ``rows`` ``(C,)`` about the applied kernel, made such of the stored one as well."""
+        if self._doubt is None:
+            return rows
+        return torch.nextafter(rows + self._doubt.rows, torch.full_like(rows, math.inf))
+
+    def channel_measures(self) -> Tensor:
+        """Upper bounds ``(C,)`` of μ_c, of the kernel that is multiplied by."""
+        return self._rows(self._kernel64()[1])
+
     def channel_margins(self) -> Tensor:
         """Lower bounds ``(C,)`` of 1 − μ_c."""
-        rows = self._rows(self._kernel64()[1])
-        return torch.nextafter(1 - rows, torch.full_like(rows, -math.inf))
+        rows = self.channel_measures()
+        down = torch.full_like(rows, -math.inf)
+        applied = torch.nextafter(1 - rows, down)
+        if self._doubt is None:
+            return applied
+        stored = torch.nextafter(1 - self._doubtful(rows), down).clamp_min(self._doubt.floor)
+        return torch.minimum(applied, stored)
 
     def row_margins(self) -> Tensor:
         """Lower bounds ``(C·H·W,)`` of 1 − μ_i."""
@@ -116,7 +151,7 @@ class ConvOperator(MonotoneOperator):
 
     def row_norms(self) -> Tensor:
         """Upper bounds ``(C·H·W,)`` of Σ_j |W_ij| η_j/η_i."""
-        return self.once("row_norms", lambda: self._spread(self._rows(self._kernel64()[1].abs())))
+        return self.once("row_norms", lambda: self._spread(self._doubtful(self._rows(self._kernel64()[1].abs()))))
 
     def _spread(self, per_channel: Tensor) -> Tensor:
         return per_channel.repeat_interleave(self.size[0] * self.size[1])
@@ -130,7 +165,7 @@ class ConvOperator(MonotoneOperator):
     def lipschitz(self) -> float:
         center = self._kernel64()[1]
         distance = torch.nextafter((1 - center).abs(), torch.full_like(center, math.inf))
-        return self.once("lipschitz", lambda: float(self._rows(distance).max()))
+        return self.once("lipschitz", lambda: float(self._doubtful(self._rows(distance)).max()))
 
     def absolute_norm(self) -> float:
         def compute() -> float:
@@ -140,6 +175,16 @@ class ConvOperator(MonotoneOperator):
             return verified.up(math.sqrt(rows * columns) * (1 + verified.gamma(whole.numel() + 64)))
 
         return self.once("absolute_norm", compute)
+
+    def distance(self, reference: ConvOperator) -> float:
+        """A bound of ‖W − W'‖_η' on images of any size, W' and η' those of a ``reference`` without doubt."""
+        exact, other = (k.weight.detach().to("cpu", torch.float64) for k in (self, reference))
+        change = ConvOperator(exact - other, self.size, reference.eta)
+        rows = change._rows(change._kernel64()[1].abs()) * (1 + verified.gamma(4))
+        if self._doubt is not None:  # measured in η, so in η' by at most the ratio of ratios
+            ratio = self.eta / reference.eta
+            rows = rows + self._doubt.rows * float(ratio.max() / ratio.min()) * (1 + 1e-12)
+        return verified.up(float(rows.max()))
 
     def averaging_step(self) -> float:
         lowest = min(float(self._kernel64()[1].min()), 0.0)

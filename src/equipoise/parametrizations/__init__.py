@@ -1,6 +1,14 @@
 """Free tensors to structured weights: forward, right inverse, membership test."""
 
 from .monotone import Dense, Monotone, monotone_factors
-from .nemon import Contractive, Weighted, contractive_factors
+from .nemon import Contractive, ContractiveKernel, Weighted, contractive_factors
 
-__all__ = ["Contractive", "Dense", "Monotone", "Weighted", "contractive_factors", "monotone_factors"]
+__all__ = [
+    "Contractive",
+    "ContractiveKernel",
+    "Dense",
+    "Monotone",
+    "Weighted",
+    "contractive_factors",
+    "monotone_factors",
+]

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from ..errors import InputError, NotWellPosedError, OptionError
 from ..norms import WeightedMax, perron
 
-__all__ = ["GAP_FLOOR", "Contractive", "Weighted", "best_weights", "check_gamma", "contractive_factors"]
+__all__ = [
+    "GAP_FLOOR",
+    "Contractive",
+    "ContractiveKernel",
+    "Weighted",
+    "best_weights",
+    "check_gamma",
+    "contractive_factors",
+]
 
 GAP_FLOOR = 1e-3
 """A learned γ is 1 − softplus(raw) − this floor, so that no training step can reach 1."""
@@ -105,6 +113,45 @@ def _raw(gamma: float) -> float:
     """The inverse of γ = 1 − floor − softplus(raw)."""
     gap = 1 - GAP_FLOOR - gamma
     return gap + math.log(-math.expm1(-gap))
+
+
+class ContractiveKernel(nn.Module):
+    """The kernel of a circular convolution with μ_η <= γ, one weight η = e^{−d} per channel.
+
+    K = D⁻¹ T D off its centre, and at the centre of channel i T_ii(0) + γ − Σ |T_i|, the sum over all taps and inputs:
+    the row sum of every pixel of channel i.
+
+    Forward: ``() -> K (C, C, k, k)``, k odd. State: ``T (C, C, k, k)``, ``d (C,)``, ``gamma``.
+
+    Raises:
+        OptionError: γ not below 1.
+    """
+
+    gamma: Tensor
+
+    def __init__(self, channels: int, kernel_size: int, gamma: float = 0.95) -> None:
+        super().__init__()
+        scale = 0.3 / math.sqrt(channels * kernel_size**2)
+        self.T = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size).uniform_(-scale, scale))
+        self.d = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("gamma", torch.tensor(check_gamma(gamma), dtype=torch.get_default_dtype()))
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.T.device.type, enabled=False):
+            ratios = torch.exp(self.d[None, :] - self.d[:, None])[:, :, None, None]
+            middle = self.T.shape[2] // 2
+            center = torch.zeros_like(self.T)
+            center[:, :, middle, middle] = torch.diag(self.gamma - self.T.abs().sum((1, 2, 3)))
+            return self.T * ratios + center
+
+    def family(self) -> WeightedMax:
+        """The norm of the channels' weights, scaled so that the largest is about 1."""
+        d = self.d.detach().to("cpu", torch.float64)
+        return WeightedMax(torch.exp(d.min() - d))
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(T, η float64 ``(C,)``, γ), detached."""
+        return self.T.detach(), self.family().eta, float(self.gamma)
 
 
 class Weighted(nn.Module):
