@@ -171,7 +171,11 @@ def test_ctrl_c_in_training_is_exit_130_and_can_be_resumed(
     monkeypatch.setattr(_lightning.Classifier, "on_validation_end", pressed)
     out = tmp_path / "o.safetensors"
     line = ["train", "--epochs", 3, "--features", 8, "--out", out]
-    status, _, err = run(capsys, *line)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        status, _, err = run(capsys, *line)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130
     assert "--resume" in err
     assert "Traceback" not in err
