@@ -17,11 +17,11 @@ from torch import nn
 import equipoise as eq
 from equipoise.cli import main
 from equipoise.data import load_data
-from equipoise.demo import classifier
 from equipoise.errors import NotWellPosedError, OptionError, StructureError
 from equipoise.ladder import Findings, Ladder, Requirements, choose
 from equipoise.mixed import Menu, Option, Parts, Trial, assign, check_budget, measure, parts_of, scheme_of
 from equipoise.plan import build_ladder
+from equipoise.presets import classifier
 from equipoise.quantization import QuantizedSkew, QuantizedTensor
 from equipoise.report import render
 from equipoise.report.terminal import ladder_table, ladder_words, rendered

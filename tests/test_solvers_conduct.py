@@ -15,7 +15,7 @@ import equipoise as eq
 from equipoise.activations import Activation
 from equipoise.errors import ConvergenceError, ConvergenceWarning, OptionError
 from equipoise.solvers import SOLVERS as REGISTRY
-from equipoise.solvers import loop
+from equipoise.solvers import problem
 from equipoise.solvers.accelerated import Accelerated
 from problems import equilibrium, matrix
 from test_solvers import SOLVERS, VARIANTS, layer_of, name
@@ -52,7 +52,7 @@ def test_a_large_batch_is_worked_off_in_chunks(monkeypatch: pytest.MonkeyPatch) 
     layer = layer_of(matrix(5, 0.4, 3), eq.ReLU())
     q = torch.randn(150, 5, dtype=torch.float64)
     whole = layer.solve(q, tol=1e-9)
-    monkeypatch.setattr(loop, "CHUNK", 1)
+    monkeypatch.setattr(problem, "CHUNK", 1)
     parts = layer.solve(q, tol=1e-9)
     for field in ("value", "converged", "steps", "error_bound"):
         torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-9, atol=1e-12)

@@ -10,14 +10,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import verified
+from ..errors import NotWellPosedError
 from ..norms import EUCLIDEAN, Norm
 
-__all__ = ["FixedPointMap", "MonotoneOperator", "golden_section", "power_norm", "product_rounding"]
+__all__ = [
+    "FixedPointMap",
+    "MatrixProduct",
+    "MonotoneOperator",
+    "Product",
+    "golden_section",
+    "power_norm",
+    "product_rounding",
+    "singular",
+]
 
 
 class FixedPointMap(ABC):
@@ -45,6 +56,24 @@ class FixedPointMap(ABC):
         return size
 
 
+class Product(Protocol):
+    """x ↦ M x + offset for every row of ``x (B, n)``, into ``out`` where given, which shares no memory with ``x``."""
+
+    def __call__(self, x: Tensor, offset: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
+
+
+class MatrixProduct:
+    """The product with a ``matrix (n, n)``."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.transposed = matrix.mT
+
+    def __call__(self, x: Tensor, offset: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if offset is None:
+            return torch.mm(x, self.transposed, out=out)
+        return torch.addmm(offset, x, self.transposed, out=out)
+
+
 class MonotoneOperator(ABC):
     """z ↦ W z with the constants of F₀ = I − W (theory §1–2).
 
@@ -67,6 +96,15 @@ class MonotoneOperator(ABC):
     @abstractmethod
     def transpose(self, z: Tensor) -> Tensor:
         """Wᵀ z for every row of ``z (B, n)``."""
+
+    @property
+    def terms(self) -> int:
+        """How many products are added up for an entry of ``summed``."""
+        return self.features
+
+    def summed(self, z: Tensor) -> Tensor:
+        """W z by sums of at most ``terms`` products each, whose rounding :func:`product_rounding` bounds."""
+        return self.apply(z)
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -93,6 +131,10 @@ class MonotoneOperator(ABC):
     def cayley(self, alpha: float) -> Tensor:
         """C_α = 2 V_α − I with V_α = (I + α(I − W))⁻¹, ``(n, n)``."""
 
+    def cayley_product(self, alpha: float) -> Product:
+        """The product with C_α, in whatever way is quick; it may keep memory to work in."""
+        return MatrixProduct(self.cayley(alpha))
+
     @abstractmethod
     def cayley_norm(self, alpha: float) -> float:
         """‖C_α‖₂ as computed: it chooses steps and is never printed as a bound."""
@@ -112,6 +154,15 @@ class MonotoneOperator(ABC):
     @abstractmethod
     def transposed(self) -> MonotoneOperator:
         """The operator of Wᵀ; constants and inverses are shared, nothing is computed again."""
+
+
+def singular(alpha: float, margin: float) -> NotWellPosedError:
+    """The error for a step at which there is no inverse."""
+    return NotWellPosedError(
+        f"I + α(I − W) is singular at α = {alpha:g}: W has no positive margin there; "
+        "give the solver another alpha, or use ForwardBackward",
+        margin,
+    )
 
 
 def product_rounding(terms: int, like: Tensor) -> float:

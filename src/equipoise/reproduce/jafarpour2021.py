@@ -19,9 +19,9 @@ import torch
 
 from ..certificates import input_lipschitz, margin
 from ..data import Data, Split
-from ..demo import classifier
 from ..errors import NotWellPosedError
 from ..files import save
+from ..presets import classifier
 from ..report.words import MISSING
 from ..robust import PixelBall, RobustLoss, pgd, robustness
 from ..training import TrainingConfig, fit
