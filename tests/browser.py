@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
 )
+HAND_OVER = "import os, sys; [os.dup2(int(sys.argv[i]), i + 2) for i in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
+"""Puts the pipes where the protocol wants them, 3 to read and 4 to write, and becomes the browser."""
+
 PATIENCE = 60.0
 """Seconds after which a silent browser is given up: many times what any answer takes."""
 
@@ -151,16 +155,11 @@ def browser(binary: str, profile: Path) -> Iterator[Tab]:
     """A tab of a fresh browser, which is gone at the end; ``profile`` is a folder for its files."""
     theirs_in, ours_out, ours_in, theirs_out = (_high(end) for _ in range(2) for end in os.pipe())
 
-    def hand_over() -> None:  # the protocol's own places: 3 is read, 4 is written
-        os.dup2(theirs_in, 3)
-        os.dup2(theirs_out, 4)
-
-    command = [binary, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(
-        command, stdin=quiet, stdout=quiet, stderr=quiet, preexec_fn=hand_over, pass_fds=(3, 4), start_new_session=True
-    )
-    for end in (theirs_in, theirs_out):
+    launch = [sys.executable, "-I", "-S", "-c", HAND_OVER, str(theirs_in), str(theirs_out)]
+    command = [*launch, binary, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+    quiet, kept = subprocess.DEVNULL, (theirs_in, theirs_out)
+    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=kept)
+    for end in kept:
         os.close(end)
     try:
         yield Tab(ours_out, ours_in)

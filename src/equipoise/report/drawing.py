@@ -70,7 +70,8 @@ class Scale:
         """Round numbers at least ``gap`` apart as (place, text), the rounder ones first where there is little room."""
         found: list[float] = []
         for value in self._round_numbers(gap):
-            if self.low <= value <= self.high and all(abs(self(value) - self(other)) >= gap for other in found):
+            apart = all(abs(self(value) - self(other)) > 0.999 * gap for other in found)
+            if self.low <= value <= self.high and apart:
                 found.append(value)
         return [(self(value), f"{value:,.6g}".replace("-", "−")) for value in sorted(found)]
 
