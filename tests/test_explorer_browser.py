@@ -140,7 +140,7 @@ def test_a_spectrum_that_crosses_zero_is_seen(tab: Tab, ladder: Ladder) -> None:
     assert tab.value("document.querySelector('.stems.sunk').getBBox().height") > 0
 
 
-@pytest.mark.parametrize("width", [320, 768, 1200])
+@pytest.mark.parametrize("width", [320, 600, 768, 1200])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_every_screen_light_and_dark(tab: Tab, width: int, dark: bool, tmp_path: Path) -> None:
     tab.resize(width, 640)
