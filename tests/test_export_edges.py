@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import subprocess
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from torch import nn
 import equipoise as eq
 from equipoise import runtime
 from equipoise.data import Preprocessing
-from equipoise.export import export, unrolled
+from equipoise.export import cayley, export, unrolled
+from equipoise.export.boxes import box_of
 from equipoise.export.build import Options, build
+from equipoise.export.grid import grid_of
+from equipoise.export.network import code_linear
 from equipoise.export.plan import Iteration
 from equipoise.layers.linear import quantize_linear
 from equipoise.operators.quantized import CayleyWeight
@@ -216,3 +221,18 @@ def test_one_feature_comes_close_to_its_bound(rho: float, bits: int) -> None:
     error = np.abs(z[:, 0] * shipped.unit - truth)
     assert (status == 0).all()
     assert 0.5 < error.max() / shipped.certificate.error_bound <= 1  # type: ignore[operator]
+
+
+def test_what_rounding_costs_the_injection_counts_towards_overflow() -> None:
+    """c is computed from p, which is rounded: where that is much in units of c, the exact c alone is no bound of it."""
+    model: Any = quantized(network(), EIGHT)
+    layer, grid = model[0], grid_of(INPUTS, model.preprocessing, None, 16)
+    on = cayley._Map(layer.recurrent, injection := code_linear(layer.injection, 255, "U"), box_of(grid)[0])
+    affine, p_unit = cayley._injection(on, injection, grid)
+    unit = float(on.c.max()) / 32767
+    cayley._error(on, (affine, p_unit), unit, 32767)
+    fraction = cayley._start(on, (affine, p_unit), unit)[1]
+    coarse = Fraction(unit) * 2 ** (29 - fraction) * Fraction(9, 10)  # about the largest that has multipliers
+    loose = replace(affine, least=affine.least * 0, most=affine.most * 0, errors=affine.errors * 6)
+    with pytest.raises(eq.OptionError, match="far beyond"):
+        cayley._error(on, (loose, coarse), unit, 32767)
