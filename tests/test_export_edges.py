@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -179,6 +181,26 @@ def test_an_export_that_is_cut_off_leaves_no_proof_behind(tmp_path: Path, monkey
     assert not (tmp_path / "net" / "certificate.json").exists()
     with pytest.raises(eq.DataNotFoundError, match=r"certificate\.json"):
         runtime.load(tmp_path / "net")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to kill with")
+def test_a_killed_export_leaves_no_folder(tmp_path: Path) -> None:
+    eq.save(quantized(network(), EIGHT), tmp_path / "model.safetensors")
+    code = (
+        "import os, signal, equipoise as eq\n"
+        "from equipoise.export import export, write\n"
+        "original = write.replacing\n"
+        "def stops(path, force):\n"
+        "    if path.name == 'selftest.c':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(path, force)\n"
+        "write.replacing = stops\n"
+        "export(eq.load('model.safetensors'), 'net')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "net").exists()
+    export(eq.load(tmp_path / "model.safetensors"), tmp_path / "net")  # and is not in the way of the next
 
 
 def test_another_target_takes_the_place_of_the_first_whole(tmp_path: Path) -> None:
