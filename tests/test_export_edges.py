@@ -258,3 +258,12 @@ def test_what_rounding_costs_the_injection_counts_towards_overflow() -> None:
     loose = replace(affine, least=affine.least * 0, most=affine.most * 0, errors=affine.errors * 6)
     with pytest.raises(eq.OptionError, match="far beyond"):
         cayley._error(on, (loose, coarse), unit, 32767)
+
+
+@pytest.mark.parametrize(("bits", "remedy"), [(8, "--activation-bits 16"), (16, "larger margin")])
+def test_iterates_that_are_as_fine_as_can_be_are_not_advised(bits: int, remedy: str) -> None:
+    model: Any = quantized(network(), EIGHT)
+    near = CayleyWeight(QuantizedTensor.from_codes(torch.eye(FEATURES).long(), torch.tensor(1 - 2.0**-20), 8), 1.0)
+    model[0].recurrent = near
+    with pytest.raises(eq.OptionError, match=remedy):
+        build(model, None, None, Options(activation_bits=bits))

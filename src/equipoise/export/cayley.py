@@ -16,7 +16,7 @@ from .boxes import Box
 from .fixedpoint import INT32, SLACK, Floats, above, fit_multipliers
 from .grid import Grid
 from .network import CodedLinear, CodedMatrix
-from .plan import Iterates, Iteration, Plan, iterate_limit
+from .plan import Iterates, Iteration, Plan, finer, iterate_limit
 from .program import CayleyProgram
 
 __all__ = ["plan_cayley"]
@@ -107,7 +107,7 @@ def _proved_unit(on: _Map, entry: tuple[Affine, Fraction], limit: int) -> float:
         unit *= max(largest / (limit * unit), 1.0) * (1 + 1e-6)
     raise OptionError(
         f"no grid of {limit} levels holds the iterates: the contraction factor {on.rho:.6g} is too near 1; "
-        "use --activation-bits 16"
+        f"use {finer(limit)}"
     )
 
 
@@ -153,8 +153,7 @@ def _error(on: _Map, entry: tuple[Affine, Fraction], unit: float, limit: int) ->
     if reach > INT32 or fraction < 4:
         raise OptionError(
             f"inputs of the declared range drive the injection to {float(on.c.max(initial=0)):.4g}, far beyond the "
-            f"iterates' grid (largest {limit * unit:.4g}); narrow the range, calibrate on larger inputs, or "
-            "use --activation-bits 16"
+            f"iterates' grid (largest {limit * unit:.4g}); narrow the range, or calibrate on larger inputs"
         )
     own = own + c_error * 2.0**-fraction
     lost = _norm(own * unit) + (1 + on.rho) * _norm(affine.errors * above(p_unit)) * SLACK
