@@ -37,8 +37,10 @@ __all__ = [
 ]
 
 LINEAR = (nn.Linear, QuantizedLinear, PreparedLinear)
-ROUNDING = 1e-6
-"""Of x in float32, relative to its size: how far a pixel may seem to lie outside [0, 1]."""
+ROUNDING = 2.0**-20
+"""Of float32 preprocessing, times (1 + |mean|)/std. With u = 2⁻²⁴ a pixel of [0, 1] is scaled to within 5u (its own
+rounding, the scale's, a product with its inverse), loses 2u (1 + |mean|) to the rounded mean and the difference, and
+3u (1 + |mean|) to the division by a rounded std: below 16u in all, second orders included."""
 
 
 @final
@@ -61,27 +63,35 @@ class PixelBall:
         check_eps(self.eps)
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(low, high) ``(B, d)`` in float64 for preprocessed ``x (B, d)``, rounded outwards.
+        """(low, high) ``(B, d)`` in float64 for preprocessed ``x (B, d)``: what certificates need.
+
+        Contains whatever the float32 preprocessing makes of an image within ``eps`` of any image of which it made x,
+        and the exact ball: the rounding of both is counted. With ``eps`` 0 that is x itself.
 
         Raises:
             InputError: x of another size, or with entries that are no pixels in [0, 1] after this preprocessing.
         """
-        black, white, std = self._ends(x)
+        return self._around(x, 2.0 if self.eps else 0.0)
+
+    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, high) ``(B, d)`` in float64 of the exact ball: what attacks may use. Raises as :meth:`box`."""
+        return self._around(x, 0.0)
+
+    def _around(self, x: Tensor, roundings: float) -> tuple[Tensor, Tensor]:
+        black, white, slack, std = self._ends(x)
         x = x.detach().to("cpu", torch.float64)
-        slack = ROUNDING * (1 + black.abs().maximum(white.abs()))
         if bad := int(((x < black - slack) | (x > white + slack)).sum()):
             raise InputError(
                 f"{bad} of {x.numel()} entries are outside [{float(black.min()):.4g}, {float(white.max()):.4g}], where "
                 f"pixels lie after {self.preprocessing}: give inputs preprocessed that way, and eps in pixels of [0, 1]"
             )
-        reach = self.eps / std * (1 + 1e-15)
-        infinity = torch.full_like(x, math.inf)
-        low, high = torch.nextafter(x - reach, -infinity), torch.nextafter(x + reach, infinity)
-        low, high = low.maximum((black - slack).expand_as(x)), high.minimum((white + slack).expand_as(x))
+        outward = roundings * slack  # of the given pixels and of the perturbed ones
+        reach = self.eps / std * (1 + 1e-12) + outward if roundings else self.eps / std
+        low, high = (x - reach).maximum(black - outward), (x + reach).minimum(white + outward)
         return low.minimum(x), high.maximum(x)
 
-    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Black, white and std ``(d,)``, in what the network is fed."""
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Black, white, the rounding of preprocessing and std ``(d,)``, in what the network is fed."""
         p = self.preprocessing
         if x.ndim != 2 or x.shape[1] != p.features:
             raise InputError(f"x is {tuple(x.shape)}; (batch, {p.features}) is what {p} makes")
@@ -90,7 +100,7 @@ class PixelBall:
             torch.as_tensor(value, dtype=torch.float64).expand(channels).repeat_interleave(p.features // channels)
             for value in (p.mean, p.std)
         )
-        return -mean / std, (1 - mean) / std, std
+        return -mean / std, (1 - mean) / std, ROUNDING * (1 + mean.abs()) / std, std
 
 
 def check_eps(eps: float) -> float:
@@ -225,7 +235,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int = 20
 
 
 def _ascend(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int, generator: torch.Generator) -> Tensor:
-    low, high = ball.box(x)
+    low, high = ball.inner(x)
     like = _like(model, x[:0])
     # inside the ball also where it is rounded to the model's dtype
     lo, hi = torch.nextafter(low.to(like), high.to(like)), torch.nextafter(high.to(like), low.to(like))

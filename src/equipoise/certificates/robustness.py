@@ -81,7 +81,7 @@ def reach_of_inputs(model: nn.Module) -> Tensor:
 
     Entry by entry: a linear module carries r to |W| r, an equilibrium layer to (I − M)⁻¹ |U| r (theory §7), of a
     Euclidean layer without such a proof ‖ |U| r ‖₂/m; activations without weights leave r. Infinite where nothing is
-    proved.
+    proved, and where there is a torch softplus: it jumps at its threshold.
     """
     return _reach(model, final_head(model))
 
@@ -91,7 +91,7 @@ def _reach(model: nn.Module, stop: str | None) -> Tensor:
     for name, module in chain(model):
         if name == stop and stop is not None:
             break
-        if isinstance(module, nn.Softplus) and not module.threshold >= 20:
+        if isinstance(module, nn.Softplus):  # it jumps: see softplus_fall
             return torch.tensor([math.inf], dtype=torch.float64)
         if isinstance(module, EquilibriumLayer):
             assert isinstance(module.injection, (nn.Linear, QuantizedLinear))
@@ -148,7 +148,8 @@ def certified_radius(model: nn.Module, x: Tensor, norm: Radius = "linf") -> Tens
     """Proved radii ``(B,)``: no x' with ‖x' − x‖ below it gets another class than x ``(B, d)``; 0 where none.
 
     From the Lipschitz bound: the score differences at x, divided by what a unit of perturbation can move them.
-    ``"linf"`` by :func:`reach_of_inputs`, ``"l2"`` by ‖U‖₂/m of Euclidean layers. Radii are in the units of x.
+    ``"linf"`` by :func:`reach_of_inputs`, ``"l2"`` by ‖U‖₂/m of Euclidean layers. Radii are in the units of x. Of a
+    model with a torch softplus, which jumps at its threshold, they are 0; :func:`equipoise.interval` takes those.
 
     Raises:
         OptionError: another norm.
@@ -181,7 +182,7 @@ def _sensitivity(model: nn.Module, head: str, norm: Radius) -> tuple[Tensor | No
         if isinstance(module, (nn.Linear, QuantizedLinear)):
             W, _, e_W, _ = affine64(module)
             bound = verified.up(bound * verified.spectral_norm(W, e_W))
-        elif isinstance(module, nn.Softplus) and not module.threshold >= 20:
+        elif isinstance(module, nn.Softplus):
             bound = math.inf
     return None, bound
 

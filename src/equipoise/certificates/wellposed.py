@@ -72,8 +72,8 @@ def lipschitz(model: nn.Module) -> float:
 def euclidean_lipschitz(model: nn.Module) -> float | None:
     """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer [PWK21].
 
-    Linear modules on the way count with their norms. None where a layer has no proved Euclidean margin, and where a
-    torch softplus has a threshold below its default 20, since it jumps there (by 2e-9/β at 20, which is left out).
+    Linear modules on the way count with their norms. None where a layer has no proved Euclidean margin, and where there
+    is a torch softplus, which has no Lipschitz constant: it jumps at its threshold (by 2e-9 for the defaults).
     """
     bound = 1.0
     for _, module in chain(model):
@@ -86,7 +86,7 @@ def euclidean_lipschitz(model: nn.Module) -> float | None:
             bound = verified.up(bound * verified.up(_norm(module.injection) / m))
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             bound = verified.up(bound * _norm(module))
-        elif isinstance(module, nn.Softplus) and not module.threshold >= 20:
+        elif isinstance(module, nn.Softplus):
             return None
     return bound if math.isfinite(bound) else None
 
