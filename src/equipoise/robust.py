@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from .certificates import certified_classes
 from .certificates.displacement import evaluated
 from .data import Preprocessing, Split
-from .errors import InputError, OptionError, StructureError
+from .errors import ConvergenceWarning, InputError, OptionError, StructureError
 from .layers.box import box_equilibrium, box_linear
 from .layers.chain import EQUILIBRIUM, chain, final_head
 from .layers.equilibrium import EquilibriumLayer
@@ -219,17 +220,19 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int = 20
     """Projected gradient ascent on the cross-entropy: points ``(B, d)`` of the ball of each ``x (B, d)``.
 
     Starts at random in the ball; steps of 2.5 ε/steps by the gradient's sign; of every sample the point with the
-    smallest lead of its class ``y (B,)`` is kept. What it finds bounds robust accuracy from above.
+    smallest lead of its class ``y (B,)`` is kept. What it finds bounds robust accuracy from above. A gradient that did
+    not settle is an ascent direction as good as any: nothing is warned of.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise OptionError(f"steps is {steps!r}; it is a positive integer")
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
+    parts = zip(x.split(2048), y.split(2048), strict=True)
     try:
-        return torch.cat(
-            [_ascend(model, a, b, ball, steps, generator) for a, b in zip(x.split(2048), y.split(2048), strict=True)]
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return torch.cat([_ascend(model, a, b, ball, steps, generator) for a, b in parts])
     finally:
         model.train(was_training)
 

@@ -32,7 +32,7 @@ from .displacement import evaluated, softplus_fall
 from .rows import SLACK, Comparison
 from .wellposed import fresh_operator
 
-__all__ = ["Box", "interval", "linear_box", "module_box", "state_box"]
+__all__ = ["Box", "affine_box", "as_box", "interval", "linear_box", "module_box", "outward", "state_box"]
 
 ATTEMPTS = 6
 """Times that a box is inflated before it is given up."""
@@ -109,10 +109,10 @@ def module_box(module: nn.Module, box: Box) -> Box:
     low, high = evaluated(module, box.low), evaluated(module, box.high)
     ulps = 2048 if isinstance(module, nn.Softplus) else 16
     slips = [ulps * verified.UNIT * t.abs() + verified.TINY * 64 + softplus_fall(module) for t in (low, high)]
-    return _outward(low, high, *slips)
+    return outward(low, high, *slips)
 
 
-def _outward(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Box:
+def outward(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Box:
     """The box with its ends moved outwards by at least so much; unknown ends are infinite."""
     # a sum that overflowed may stand for any number
     lo = (low - below * SLACK).where(low < math.inf, -math.inf).nan_to_num(-math.inf)
@@ -143,7 +143,7 @@ def affine_box(W: Tensor, b: Tensor, box: Box, e_W: float = 0.0, e_b: float = 0.
     spread = spread + gamma * b.abs() + verified.TINY * 8 * (W.shape[1] + 1) * (1 + float(W.abs().sum()))
     spread = spread + (e_W * verified.row_norms(size) + e_b)[:, None]
     middle = center @ W.mT + b
-    return _outward(middle, middle, spread, spread)
+    return outward(middle, middle, spread, spread)
 
 
 def state_box(layer: EquilibriumLayer, q: Box) -> Box:
@@ -205,8 +205,8 @@ class _Check:
     def rounding(self, u: Tensor) -> Tensor:
         """Bounds ``(B,)`` on the error of every entry of 𝕎 u + q̂."""
         length = verified.row_norms(u)
-        products = self.gamma * (self.size * length + verified.row_norms(self.q))
-        return (products + self.error * length * 2 + verified.TINY * 64 * (len(self.matrix) + 1) ** 2) * SLACK
+        products = self.gamma * (self.size * length + verified.row_norms(self.q)) + self.error * length * 2
+        return (products + verified.TINY * 64 * (len(self.matrix) + 1) ** 2 * (1 + self.size)) * SLACK
 
     def above(self, u: Tensor) -> Tensor:
         """An upper bound of σ̂(𝕎 u + q̂), entry by entry."""

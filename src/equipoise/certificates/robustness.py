@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .. import verified
 from ..errors import InputError, OptionError, StructureError
 from ..layers.chain import chain, equilibrium_layers, final_head
-from ..layers.equilibrium import EquilibriumLayer, family_of
+from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from . import displacement as moved
-from .boxes import Box, affine_box, as_box, module_box
+from .boxes import Box, affine_box, as_box, module_box, outward
 from .rows import SLACK, Comparison
 from .wellposed import euclidean_lipschitz, fresh_operator
 
@@ -136,7 +136,7 @@ def input_lipschitz(model: nn.Module, norm: Radius | None = None) -> float | Non
     layers = equilibrium_layers(model)
     if norm not in (None, "linf", "l2"):
         raise OptionError(f"norm is {norm!r}; give 'linf' or 'l2'")
-    euclidean = all(isinstance(family_of(layer.recurrent), Euclidean) for _, layer in layers)
+    euclidean = all(isinstance(fresh_operator(layer).family, Euclidean) for _, layer in layers)
     if norm == "l2" or (norm is None and euclidean):
         return euclidean_lipschitz(model)
     largest = float(_reach(model, None).max())
@@ -153,7 +153,7 @@ def certified_radius(model: nn.Module, x: Tensor, norm: Radius = "linf") -> Tens
 
     Raises:
         OptionError: another norm.
-        StructureError: the model does not end in one linear head; "l2" with a NEMON layer.
+        StructureError: the model does not end in one linear head; "l2" with a layer that is proved in a maximum norm.
     """
     if norm not in ("linf", "l2"):
         raise OptionError(f"norm is {norm!r}; give 'linf' or 'l2'")
@@ -176,7 +176,9 @@ def _sensitivity(model: nn.Module, head: str, norm: Radius) -> tuple[Tensor | No
         if isinstance(module, EquilibriumLayer):
             operator = fresh_operator(module)
             if not isinstance(operator.family, Euclidean):
-                raise StructureError("an l2 radius comes from a Euclidean margin; of a NEMON layer ask for 'linf'")
+                raise StructureError(
+                    "an l2 radius comes from a Euclidean margin; this layer is proved in a maximum norm: ask for 'linf'"
+                )
             bound = bound / operator.margin() * SLACK if operator.margin() > 0 else math.inf
             module = module.injection
         if isinstance(module, (nn.Linear, QuantizedLinear)):
@@ -213,7 +215,7 @@ def _radius(
     for i in top.unique().tolist():
         rows = top == i
         D, gap = V[i] - V, c[i] - c
-        known = Box(p[rows] - slip[rows] * SLACK, p[rows] + slip[rows] * SLACK)
+        known = outward(p[rows], p[rows], slip[rows], slip[rows])
         lost = verified.UNIT * float(verified.row_norms(D).max()), verified.UNIT * float(gap.abs().max())
         sure = affine_box(D, gap, known, 2 * e_V + lost[0], 2 * e_c + lost[1]).low.clamp_min(0.0)
         if reach is not None:

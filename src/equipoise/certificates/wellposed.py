@@ -20,7 +20,9 @@ from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from ..operators import DenseOperator, QuantizedWeight
 from ..operators.conv import ConvOperator
+from ..operators.dense import in_proving_norm
 from ..operators.quantized import AssembledWeight
+from ..parametrizations import Dense
 from ..solvers import ForwardBackward
 
 __all__ = [
@@ -40,7 +42,8 @@ def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
     with torch.no_grad():
         if isinstance(layer.recurrent, QuantizedWeight):
             return layer.recurrent.operator(layer.bias.detach())
-        return DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
+        operator = DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
+        return in_proving_norm(operator) if isinstance(layer.recurrent, Dense) else operator
 
 
 def fresh_kernel(layer: NEMONConv2d) -> ConvOperator:
@@ -56,7 +59,9 @@ def _fresh(layer: EquilibriumLayer | NEMONConv2d) -> DenseOperator | ConvOperato
 def margin(model: nn.Module) -> float:
     """A proved lower bound of m = λ_min(sym(I − W)), the smallest over the model's equilibrium layers.
 
-    Of a NEMON layer the margin is 1 − μ_η(W) in its weighted maximum norm: 1 − μ(W) in either family (theory §7).
+    Of a NEMON layer the margin is 1 − μ_η(W) in its weighted maximum norm: 1 − μ(W) in either family (theory §7). So it
+    is of weights without structure (``from_weights(check=False)``, Assembled codes) where no Euclidean margin is proved
+    and a maximum norm proves one: ``layer.operator.family`` and ``certify(layer).family`` name the norm.
 
     Holds for the matrix that the stored codes define and for the one multiplied by; of a float layer for W as the
     layer computes it in its own dtype (theory §1, §6).
@@ -65,7 +70,8 @@ def margin(model: nn.Module) -> float:
 
 
 def lipschitz(model: nn.Module) -> float:
-    """A proved upper bound of L = ‖I − W‖₂ (of a NEMON layer ‖I − W‖_η), the largest over the equilibrium layers."""
+    """A proved upper bound of L = ‖I − W‖₂ (‖I − W‖_η where that is the norm of the margin), the largest over the
+    equilibrium layers."""
     return max(_fresh(layer).lipschitz() for _, layer in any_layers(model))
 
 
