@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from fractions import Fraction
 
@@ -16,7 +17,7 @@ import equipoise as eq
 from equipoise.certificates.robustness import reach_of_inputs
 from equipoise.data import Preprocessing, Split
 from equipoise.errors import InputError, OptionError, StructureError
-from equipoise.robust import worst_scores
+from equipoise.robust_loss import worst_scores
 from test_boxes import PIXELS, images, network, samples
 
 # Classes and radii
@@ -230,6 +231,24 @@ def test_certified_is_never_above_attacked_and_attacked_never_above_clean() -> N
             "robust_agreement",
         }
     assert last < 1
+
+
+def test_labels_references_and_widths_that_do_not_fit_are_refused() -> None:
+    model, x = network(seed=8), images(5)
+    for label in (-1, 3):  # −1 stands for "none is proved" and must never count as right
+        with pytest.raises(InputError, match="5 of 5 labels"):
+            eq.robustness(model, Split(x, torch.full((5,), label)), PIXELS, 0.1)
+    good = Split(x, torch.zeros(5, dtype=torch.long))
+    for other in (nn.Linear(10, 2), nn.Linear(10, 4)):
+        with pytest.raises(StructureError, match="classes"):
+            eq.robustness(model, good, PIXELS, 0.1, reference=nn.Sequential(model[0], other.double()))
+    with pytest.raises(InputError, match=r"takes \(batch, 5\)"):
+        eq.robustness(model, good, PIXELS, 0.1, reference=network(d=5))
+    for call in (eq.certified_radius, lambda m, t: eq.certified_classes(m, t, t), lambda m, t: eq.interval(m, t, t)):
+        with pytest.raises(InputError, match=r"takes \(batch, 6\)"):
+            call(model, x[:, :4])
+        with pytest.raises(InputError, match="float16"):
+            call(copy.deepcopy(model).half(), x)
 
 
 def test_the_attack_stays_in_its_ball_and_finds_what_there_is() -> None:

@@ -32,7 +32,9 @@ from .displacement import evaluated, softplus_fall
 from .rows import SLACK, Comparison
 from .wellposed import fresh_operator
 
-__all__ = ["Box", "affine_box", "as_box", "interval", "linear_box", "module_box", "outward", "state_box"]
+__all__ = [
+    "Box", "affine_box", "as_box", "check_widths", "interval", "linear_box", "module_box", "outward", "state_box",
+]  # fmt: skip
 
 ATTEMPTS = 6
 """Times that a box is inflated before it is given up."""
@@ -82,10 +84,31 @@ def interval(model: nn.Module, low: Tensor, high: Tensor) -> Box:
         NotWellPosedError: an equilibrium layer without a proved measure below 1 (says the abscissa found).
         StructureError: an unsupported module.
     """
+    check_widths(model, low)
     box = as_box(low, high)
     for _, module in chain(model):
         box = module_box(module, box)
     return box
+
+
+def check_widths(model: nn.Module, x: Tensor) -> None:
+    """Raise :class:`InputError` unless ``x`` is a ``(B, d)`` as ``model`` takes it, and the model one in which proofs
+    are known."""
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        raise InputError("boxes and radii are of inputs (batch, features)")
+    width = x.shape[1]
+    for name, module in chain(model):
+        if isinstance(module, EquilibriumLayer):
+            takes, gives = module.in_features, module.features
+            if module.bias.dtype not in (torch.float32, torch.float64):
+                raise InputError(f"layer {name!r} is {module.bias.dtype}; float32 or float64 is needed: model.float()")
+        elif isinstance(module, (nn.Linear, QuantizedLinear)):
+            takes, gives = module.in_features, module.out_features
+        else:
+            continue
+        if takes != width:
+            raise InputError(f"module {name!r} takes (batch, {takes}); it is given (batch, {width})")
+        width = gives
 
 
 def as_box(low: Tensor, high: Tensor) -> Box:

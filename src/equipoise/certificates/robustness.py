@@ -15,7 +15,7 @@ from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from . import displacement as moved
-from .boxes import Box, affine_box, as_box, module_box, outward
+from .boxes import Box, affine_box, as_box, check_widths, module_box, outward
 from .rows import SLACK, Comparison
 from .wellposed import euclidean_lipschitz, fresh_operator
 
@@ -42,6 +42,7 @@ def certified_classes(model: nn.Module, low: Tensor, high: Tensor) -> Tensor:
         InputError, NotWellPosedError: as :func:`equipoise.interval`.
     """
     head = _head(model)
+    check_widths(model, low)
     found = []
     for begin in range(0, max(len(low), 1), CHUNK):
         box = as_box(low[begin : begin + CHUNK], high[begin : begin + CHUNK])
@@ -160,6 +161,7 @@ def certified_radius(model: nn.Module, x: Tensor, norm: Radius = "linf") -> Tens
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point() or not bool(torch.isfinite(x).all()):
         raise InputError("x is no finite floating-point tensor (batch, features)")
     name, head = _head(model)
+    check_widths(model, x)
     reach, length = _sensitivity(model, name, norm)
     radii = [_radius(model, name, head, part, reach, length) for part in x.split(4 * CHUNK)]
     return torch.cat(radii) if radii else x.new_zeros(0, dtype=torch.float64)

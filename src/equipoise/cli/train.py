@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..jobs import Job
     from ..penalties import MarginPenalty
     from ..quantization.schemes import Scheme
-    from ..robust import RobustLoss
+    from ..robust_loss import RobustLoss
 
 __all__ = [
     "BatchSize",
@@ -207,7 +207,7 @@ def decay(given: float | None, input_bits: int | None) -> float:
 
 def robust_loss(eps: float, share: float | None, ramp: float | None, lipschitz_weight: float) -> RobustLoss | None:
     """What the options of robust training ask for."""
-    from ..robust import RobustLoss
+    from ..robust_loss import RobustLoss
 
     given = {name: value for name, value in {"share": share, "ramp": ramp}.items() if value is not None}
     if given and not eps:
