@@ -26,7 +26,7 @@ from ..layers.box import box_equilibrium, doubled
 from ..layers.chain import chain
 from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
-from ..norms import WeightedMax, perron
+from ..norms import WeightedMax, best_family
 from ..operators import DenseOperator
 from .displacement import evaluated, softplus_fall
 from .rows import SLACK, Comparison
@@ -204,8 +204,7 @@ def _family_of(operator: DenseOperator) -> WeightedMax:
     if isinstance(operator.family, WeightedMax) and operator.margin() > 0:
         return operator.family
     W, error = operator.matrix64()
-    eta, abscissa = perron(W, max(error, 2.0**-24 * float(W.abs().sum(1).max())) if len(W) else 0.0)
-    family = WeightedMax(eta)
+    family, abscissa = best_family(W, error)
     margin = family.margin(W, error)
     if margin <= 0:
         raise NotWellPosedError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import verified
 from ..errors import NotWellPosedError
-from ..norms import EUCLIDEAN, Euclidean, Norm, WeightedMax, perron
+from ..norms import EUCLIDEAN, Euclidean, Norm, WeightedMax, best_family
 from .base import MonotoneOperator, golden_section, power_norm
 
 __all__ = ["DenseOperator", "TransposedOperator", "averaging_step", "in_proving_norm"]
@@ -242,7 +242,7 @@ def in_proving_norm(operator: DenseOperator) -> DenseOperator:
     if not plain or not bool(torch.isfinite(operator.weight).all()) or operator.margin() > 0:
         return operator
     matrix, error = operator.matrix64()
-    family = WeightedMax(perron(matrix, error)[0])
+    family, _ = best_family(matrix, error)
     if not family.margin(matrix, error) > 0:
         return operator
     return DenseOperator(operator.weight, exact=(matrix, error), family=family)
