@@ -34,7 +34,7 @@ def dense(*rows: list[float], **options: Any) -> eq.MonDEQ:
     [
         ([[-8.0, 0.0], [0.0, 0.5]], [[1.0, 1.0]], "certified"),
         ([[-8.0, 0.0], [0.0, 0.5]], None, "certified"),
-        ([[0.0, 4.0], [0.0, 0.0]], None, "unknown"),  # triangular: well posed, but not in the 2-norm
+        ([[0.0, 4.0], [0.0, 0.0]], None, "certified"),  # triangular: not in the 2-norm, but in a maximum norm
         ([[0.0, 4.0], [-0.3, 0.0]], [[1.0, 1.0], [-1.0, 2.0]], "converged"),  # no norm says so, and yet
         ([[0.0, 4.0], [-0.3, 0.0]], None, "unknown"),
         ([[2.0]], [[1.0], [-1.0]], "diverged"),  # z = relu(2z + 1) has no solution
