@@ -96,7 +96,7 @@ def iterate_floor(layer: MonDEQ, x: Tensor, solver: Rounded | None = None, steps
     _check_inputs(layer, x)
     proved = fresh_operator(layer)
     if (margin := proved.euclidean_margin()) <= 0:
-        raise NotWellPosedError(f"the layer has the Euclidean margin {margin:.6g}; no splitting is proved", margin)
+        raise NotWellPosedError(f"the layer has the Euclidean margin {margin:.6g}; nothing contracts", margin)
     with torch.no_grad(), torch.autocast(layer.bias.device.type, enabled=False):
         machine = layer.operator
         machines = [machine]
