@@ -13,6 +13,7 @@ from torch import nn
 from .data import Data, load_data
 from .errors import InputError, OptionError
 from .files import load
+from .layers import NEMON
 from .layers.chain import equilibrium_layers
 from .layers.linear import QuantizedLinear
 from .operators import QuantizedWeight
@@ -89,7 +90,7 @@ class Job:
                 )
         if kind.images and self.scheme is not None:
             raise OptionError(f"a {self.model} trains as floats: leave the scheme out, and quantize it after")
-        if self.start is not None and (self.model != "mondeq" or self.preset is not None):
+        if self.start is not None and (kind.images or self.preset is not None):
             raise OptionError(
                 f"{self.start} holds a network, and model={self.model!r} makes a new one: name one of them"
             )
@@ -119,6 +120,8 @@ class Job:
         layers = [layer for _, layer in equilibrium_layers(model)]
         if any(isinstance(module, (QuantizedWeight, QuantizedLinear)) for module in model.modules()):
             raise InputError(f"the network in {path} holds codes: training starts from floats")
+        if self.model == "nemon" and not all(isinstance(layer, NEMON) for layer in layers):
+            raise InputError(f"the network in {path} is no nemon: leave the model out")
         for name, wanted in (("features", self.features), ("rank", self.rank)):
             for layer in layers:
                 found = layer.features if name == "features" else _rank(layer)

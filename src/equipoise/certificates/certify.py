@@ -14,7 +14,7 @@ from ..errors import InputError, OptionError, StructureError
 from ..layers.arguments import check_finite
 from ..layers.chain import any_layers, chain, final_head, multiscale_of
 from ..layers.convolutional import ConvolutionalLayer
-from ..layers.equilibrium import EquilibriumLayer, family_of
+from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mon_conv import MonotoneConvolution
 from ..layers.multiscale_deq import MultiscaleDEQ
@@ -151,7 +151,7 @@ def _layer_certificate(
     operator = proofs.quantized
     margin, lipschitz = operator.margin(), operator.lipschitz()
     certified = margin > 0
-    alpha, rate = solver_rate(layer.solver, operator, family_of(layer.recurrent))
+    alpha, rate = solver_rate(layer.solver, operator)
     scheme = layer.scheme
     found = Certificate(
         certified=certified,

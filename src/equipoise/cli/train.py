@@ -14,6 +14,7 @@ from .options import Course, Network, PrecisionName, Rounding, Target, grouped, 
 
 if TYPE_CHECKING:
     from ..jobs import Job
+    from ..robust_loss import RobustLoss
 
 __all__ = ["register"]
 
@@ -23,6 +24,12 @@ class Aims:
     """What is asked of the network beside accuracy."""
 
     eps_inf: Annotated[float, typer.Option(help="Train on boxes of so much per pixel of [0, 1]; nemon only.")] = 0.0
+    eps_share: Annotated[float | None, option("Of the boxes' loss beside that of the images, 0 to 1; default 0.5.")] = (
+        None
+    )
+    eps_ramp: Annotated[
+        float | None, option("Part of the training in which boxes and share grow, 0 to 1; default 0.5.")
+    ] = None
     lipschitz_weight: Annotated[float, typer.Option(help="Of the ℓ∞ Lipschitz bound in the loss; nemon only.")] = 0.0
     margin_target: Target = None
     margin_ratio: Annotated[float | None, option("Drive ‖ΔW‖₂ to this part of the margin; else exit 1.")] = None
@@ -33,16 +40,23 @@ class Aims:
 
     def fields(self, model: str) -> dict[str, Any]:
         """The fields of a training's configuration that these are."""
-        from ..robust import RobustLoss
-
-        boxes = self.eps_inf or self.lipschitz_weight
-        if boxes and model != "nemon":
+        robust = self._robust()
+        if robust is not None and model != "nemon":
             raise OptionError("--eps-inf and --lipschitz-weight are of maximum norms: add --model nemon")
         return {
-            "robust": RobustLoss(self.eps_inf, lipschitz_weight=self.lipschitz_weight) if boxes else None,
+            "robust": robust,
             "margin": penalty(self.margin_target, self.margin_ratio, self.margin_weight),
             "stop_on_lost_margin": self.stop_on_lost_margin,
         }
+
+    def _robust(self) -> RobustLoss | None:
+        from ..robust_loss import RobustLoss
+
+        given = {name: value for name in ("share", "ramp") if (value := getattr(self, f"eps_{name}")) is not None}
+        if given and not self.eps_inf:
+            raise OptionError(f"--eps-{next(iter(given))} is of training on boxes: add --eps-inf, such as 0.1")
+        loss = RobustLoss(self.eps_inf, lipschitz_weight=self.lipschitz_weight, **given)
+        return loss if loss.eps or loss.lipschitz_weight else None
 
 
 @dataclass(frozen=True)

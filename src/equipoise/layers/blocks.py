@@ -84,7 +84,8 @@ class CappedConv2d(nn.Module):
         super().__init__()
         self.place = place
         around = torus(place.size, place.kernel_size, place.stride)
-        self.kernel = CappedKernel(_drawn(place), cap, around, place.stride)
+        deviation = math.sqrt(2 / (place.inputs * place.kernel_size**2))
+        self.kernel = CappedKernel(_drawn(place, deviation), cap, around, place.stride)
         self._derived = Derived()
 
     def step(self, use: Use) -> Conv:
@@ -149,7 +150,7 @@ class FreeConv2d(nn.Module):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.place = place
-        self.weight = nn.Parameter(_drawn(place) * 0 + torch.randn_like(_drawn(place)) * FREE)
+        self.weight = nn.Parameter(_drawn(place, FREE))
 
     def step(self, use: Use) -> Conv:
         return Conv(self.weight, stride=self.place.stride)
@@ -179,8 +180,7 @@ def standardize(norm: nn.GroupNorm) -> Step:
     return Standardize(norm.num_groups, norm.weight, norm.bias)
 
 
-def _drawn(place: Place) -> Tensor:
-    deviation = math.sqrt(2 / (place.inputs * place.kernel_size**2))
+def _drawn(place: Place, deviation: float) -> Tensor:
     return torch.randn(place.outputs, place.inputs, place.kernel_size, place.kernel_size) * deviation
 
 

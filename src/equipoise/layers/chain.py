@@ -9,6 +9,7 @@ from ..operators import PreparedWeight
 from .convolutional import ConvolutionalLayer
 from .equilibrium import EquilibriumLayer
 from .linear import PreparedLinear, QuantizedLinear
+from .lipschitz_mdeq import MDEQ, LipschitzMDEQ
 from .mon_conv import MonConv2d, MultiTierMonDEQ
 from .mondeq import MonDEQ
 from .multiscale_deq import MultiscaleDEQ
@@ -168,6 +169,10 @@ def multiscale_of(model: nn.Module) -> tuple[list[nn.Module], MultiscaleDEQ] | N
         names = ", ".join(type(module).__name__ for module in modules)
         raise StructureError(
             f"a chain of {names}: {type(found[0]).__name__} has its own stem and head; only Unflatten goes before it"
+        )
+    if type(found[0]) not in (LipschitzMDEQ, MDEQ):
+        raise StructureError(
+            f"{type(found[0]).__name__} may compute something else than a LipschitzMDEQ; give a plain one"
         )
     for module in modules:
         _check_plain(module, type(module), "")

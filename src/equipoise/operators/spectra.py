@@ -162,7 +162,7 @@ def _scaled(X: Tensor) -> tuple[Tensor, int]:
     if not bool(torch.isfinite(parts).all()):
         raise InputError("symbols hold NaN or infinite entries; nothing can be proved")
     top = float(parts.abs().max()) if parts.numel() else 0.0
-    e = max(math.frexp(top)[1], -900) if top else 0
+    e = min(max(math.frexp(top)[1], -900), 1000) if top else 0
     return X * math.ldexp(1.0, -e), e
 
 

@@ -82,7 +82,7 @@ class Solves:
     runs: tuple[Run, ...]
 
     def best(self, solver: str) -> Run | None:
-        """The run of that solver with the fewest steps in which every sample settled: steps of one solver cost the same."""
+        """The run of that solver with the fewest steps among those in which every sample settled."""
         runs = [run for run in self.runs if run.solver == solver and run.settled == 1.0]
         return min(runs, key=lambda run: run.steps, default=None)
 

@@ -2,9 +2,10 @@
 
 A solver is a frozen set of hyperparameters that turns a :class:`Problem` into a fixed-point map and says
 how to step on it (``init`` / ``step``). The loop looks at the iterates every few steps, on a schedule that
-depends on the operator and the tolerance but never on the batch, so that a sample's answer does not depend
-on its company. A sample that looks finished is judged by the a-posteriori bound of :mod:`.posterior`; if it
-passes it is written down and leaves the batch.
+depends on the operator and the tolerance but not on the batch, so that a sample's answer does not depend
+on its company; only in training a :class:`Habit`, learned from the steps before, is heeded instead. A sample that
+looks finished is judged by the a-posteriori bound of :mod:`.posterior`; if it passes it is written down and leaves
+the batch.
 """
 
 from __future__ import annotations
@@ -229,7 +230,8 @@ class _Run:
         self.schedule = Schedule.of(solver, tuning, tol, judge is not None, habit)
         self.total = len(problem.injection)
         gain = tuning.gain if judge is None or tuning.keen is None else tuning.keen
-        self.first_gain = gain if stop == "bound" and gain is not None else 1.0
+        largest = torch.finfo(problem.injection.dtype).max  # with a larger one no estimate would say more
+        self.first_gain = min(gain, largest) if stop == "bound" and gain is not None else 1.0
         self.results: list[Tensor] = []
         self.fixed_point = solver.map(problem, tuning)
         self.state = solver.init(self.fixed_point)
