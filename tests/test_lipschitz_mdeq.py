@@ -412,6 +412,16 @@ def test_codes_that_do_not_fit_are_refused() -> None:
         eq.certify(model, reference=eq.LipschitzMDEQ(2, 8, 4, (4, 8), groups=2, post_groups=2))
 
 
+def test_a_subclass_is_refused() -> None:
+    class Other(eq.LipschitzMDEQ):  # type: ignore[misc]
+        def classify(self, z: Tensor) -> Tensor:
+            return 2 * super().classify(z)
+
+    model = Other(2, 8, 3, (4, 8), groups=2, post_groups=2)
+    with pytest.raises(eq.StructureError, match="something else"):
+        eq.certify(model)
+
+
 # Files
 
 

@@ -212,11 +212,12 @@ def test_the_rule_that_was_asked_for_holds(solver: eq.Solver) -> None:
 
 
 def test_without_a_margin_only_the_residual_can_stop() -> None:
-    """W is triangular, so the answer is plain; its margin is 0.8 − 0.85 < 0."""
-    W = torch.tensor([[0.2, 1.7], [0.0, 0.2]], dtype=torch.float64)
+    """Both units are active, so the answer is plain; W has the margin 0.8 − 0.9 and the spectral abscissa
+    0.2 + √0.88 of its majorant, so no norm proves it."""
+    W = torch.tensor([[0.2, 2.2], [-0.4, 0.2]], dtype=torch.float64)
     layer = layer_of(W, eq.ReLU(), check=False)
     q = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
-    answer = torch.tensor([[(1 + 1.7 * 2 / 0.8) / 0.8, 2 / 0.8]], dtype=torch.float64)
+    answer = torch.tensor([[5.2 / 1.52, 1.2 / 1.52]], dtype=torch.float64)
     for solver in (eq.ForwardBackward(), eq.PeacemanRachford(), eq.Picard(), eq.Anderson()):
         solution = layer.solve(q, solver=solver, tol=1e-9, stop="residual")
         assert bool(solution.converged.all())

@@ -62,8 +62,8 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-OPTIONS = ("in_features", "features", "in_channels", "channels", "image_size", "size", "border", "plan", "dropout")
-OPTIONS += ("gradient", "activation", "solver", "tol", "backward_tol", "training_tol")
+SIZES = ("in_features", "features", "in_channels", "channels", "image_size", "size", "border", "plan")
+OPTIONS = (*SIZES, "dropout", "gradient", "activation", "solver", "tol", "backward_tol", "training_tol")
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:

@@ -94,8 +94,11 @@ class Job:
             raise OptionError(
                 f"{self.start} holds a network, and model={self.model!r} makes a new one: name one of them"
             )
-        if self.start is not None and self.margin is not None:
-            raise OptionError(f"margin={self.margin!r}: the network in {self.start} has its own; leave it out")
+        for name in ("margin", "gamma") if self.start is not None else ():
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r}: the network in {self.start} has its own; leave it out"
+                )
 
     def _sizes(self) -> Sizes:
         return Sizes(self.features, self.rank, self.margin, self.gamma, self.config.seed)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -98,14 +99,14 @@ def fit(
         config.margin.project(model.eval())  # what has no margin may have no equilibria to learn from
     model.train()
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        cast(Any, model).to(memory_format=torch.channels_last)
     try:
         with _coarse(model, config.tol):
             interrupted = run(module, len(known) if over else config.epochs, checkpoint, resume, progress)
     finally:
         model.to(device).train(was_training)  # Lightning leaves it on the CPU
         if config.channels_last:
-            model.to(memory_format=torch.contiguous_format)
+            cast(Any, model).to(memory_format=torch.contiguous_format)
     return _result(model, data, config, module.history, interrupted, checkpoint)
 
 

@@ -174,10 +174,19 @@ def product_rounding(terms: int, like: Tensor) -> float:
     gamma = verified.gamma(terms) * (unit / verified.UNIT)
     if like.dtype != torch.float32:
         return gamma
-    operand = {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)
-    if like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        operand = max(operand, 2.0**-11)
+    operand = _operand_rounding(like.device)
     return gamma + (2 * operand + operand**2) * (1 + gamma)
+
+
+def _operand_rounding(device: torch.device) -> float:
+    """What torch may round the operands of a float32 product by before it multiplies them."""
+    try:
+        operand = {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)
+        if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            operand = max(operand, 2.0**-11)
+    except RuntimeError:  # set by torch's newer switches, of which the older ones cannot tell
+        return 2.0**-8
+    return operand
 
 
 def golden_section(function: Callable[[float], float], low: float, high: float, rtol: float = 0.02) -> float:
