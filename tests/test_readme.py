@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from markdown_blocks import Block, blocks, check_fences, commands, run_blocks
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -1,7 +1,7 @@
 """Tutorials: scripts in percent format (``# %%``), run by the tests and shown as pages.
 
 A cell that begins with ``# %% [markdown]`` is text, every other one code. What a code cell prints stands below its
-code in lines that begin with ``#>``; ``python docs/_site/cells.py FILE...`` runs the files and writes it anew.
+code in lines that begin with ``#:``; ``python docs/_site/cells.py FILE...`` runs the files and writes it anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OUT = "#>"
+OUT = "#:"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cell:
 def cells(path: Path) -> list[Cell]:
     """The cells of a script; what stands before the first marker belongs to none."""
     found = []
-    parts = re.split(r"^(# %%.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = _parts(path)
     line = parts[0].count("\n") + 1
     for marker, body in zip(parts[1::2], parts[2::2], strict=True):
         lines = body.splitlines()
@@ -50,7 +50,7 @@ def page(path: Path) -> str:
     parts = []
     for cell in cells(path):
         if cell.markdown:
-            parts.append(cell.text)
+            parts.append(re.sub(r"\]\((\w+)\.py\)", r"](\1.md)", cell.text))  # other tutorials
         else:
             parts.append(f"```python\n{cell.text.strip()}\n```")
             if cell.printed:
@@ -74,17 +74,25 @@ def run(path: Path) -> list[tuple[Cell, tuple[str, ...]]]:
 
 
 def record(path: Path) -> None:
-    """Run the script and write what its cells print below them."""
+    """Run the script and write what its cells print below them; nothing else is touched."""
     printed = {cell.line: lines for cell, lines in run(path)}
-    before = path.read_text(encoding="utf-8").split("# %%", 1)[0]
-    parts = [before.rstrip()] if before.strip() else []
-    for cell in cells(path):
-        if cell.markdown:
-            parts.append("# %% [markdown]\n" + "\n".join(f"# {line}".rstrip() for line in cell.text.splitlines()))
+    parts = _parts(path)
+    written, line = [parts[0]], parts[0].count("\n") + 1
+    for marker, body in zip(parts[1::2], parts[2::2], strict=True):
+        if line + 1 in printed:
+            kept = "".join(each for each in body.splitlines(keepends=True) if not each.startswith(OUT))
+            shown = "".join(f"{OUT} {each}".rstrip() + "\n" for each in printed[line + 1])
+            end = kept[len(kept.rstrip()) :].removeprefix("\n")
+            written += [marker, "\n", kept.rstrip(), "\n", shown, end]
         else:
-            shown = [f"{OUT} {line}".rstrip() for line in printed[cell.line]]
-            parts.append("\n".join(["# %%", cell.text.strip(), *shown]))
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            written += [marker, "\n", body]
+        line += 1 + body.count("\n")
+    path.write_text("".join(written), encoding="utf-8")
+
+
+def _parts(path: Path) -> list[str]:
+    """What stands before the first marker, then markers and what follows them in turn."""
+    return re.split(r"^(# %%.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

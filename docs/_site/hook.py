@@ -16,8 +16,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "equipoise"
 BORROWED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-CDN = "https://unpkg.com/mermaid@11/dist/mermaid.min.js"
-"""What the theme would fetch to draw a diagram; no page has one."""
+CDN = re.compile(r"https://unpkg\.com/[\w@./-]+")
+"""What the theme would fetch for diagrams, of which there are none, and for browsers that nobody has any more."""
 
 
 def public_names() -> dict[str, list[str]]:
@@ -35,7 +35,8 @@ def defined_at(name: str, room: str) -> str:
     """The dotted path where ``name`` is defined: rooms import it from their modules, which may bear its name."""
     package = PACKAGE / room
     if not package.is_dir():
-        return f"equipoise.{room}.{name}" if name != room or name in _tops(PACKAGE / f"{room}.py") else f"equipoise.{room}"
+        module = f"equipoise.{room}"
+        return module if name == room and name not in _tops(PACKAGE / f"{room}.py") else f"{module}.{name}"
     for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {alias.name for alias in node.names}:
             return f"equipoise.{room}.{node.module}.{name}"
@@ -119,8 +120,8 @@ def on_post_build(config: Any) -> None:
             path.unlink()
         elif path.suffix in (".js", ".css"):
             text = path.read_text(encoding="utf-8")
-            text = re.sub(r"\n?(//|/\*)# sourceMappingURL=\S+( \*/)?", "", text).replace(CDN, "")
-            path.write_text(text, encoding="utf-8")
+            text = re.sub(r"\n?(//|/\*)# sourceMappingURL=\S+( \*/)?", "", text)
+            path.write_text(CDN.sub("", text), encoding="utf-8")
 
 
 def slug(title: str, separator: str) -> str:
@@ -133,16 +134,17 @@ def slug(title: str, separator: str) -> str:
 class Dialect(Extension):
     """Markdown as GitHub reads it, and references in docstrings as links."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         md.preprocessors.register(Links(md), "equipoise-links", 24)  # after code blocks were put aside
         md.preprocessors.register(Lists(md), "equipoise-lists", 23)
-        md.inlinePatterns.register(Plain(r"(?<![\w*])\w[\u0300-\u036f]?\*(?!\*)|(?<=[‖)}])_", md), "equipoise-plain", 175)
+        stars = r"(?<![\w*])\w[\u0300-\u036f]?\*(?!\*)|(?<=[‖)}])_"
+        md.inlinePatterns.register(Plain(stars, md), "equipoise-plain", 175)  # after code, before emphasis
 
 
 class Plain(InlineProcessor):
     """The star of z* and the underscore of ‖·‖_η are themselves: no emphasis begins or ends there."""
 
-    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:  # type: ignore[override]  # noqa: N802
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:
         return m[0], m.start(), m.end()
 
 
@@ -159,8 +161,9 @@ class Links(Preprocessor):
         return [line if line.startswith("    ") else self._linked(line) for line in lines]
 
     def _linked(self, line: str) -> str:
-        line = re.sub(r"\[([Tt]heory §(\d+)[^\]]*)\]\(theory\.md\)", r"[\1](theory.md#section-\2)", line)
+        line = re.sub(r"\[([Tt]heory §(\d+)[^\]]*)\]\(((?:\.\./)?theory\.md)\)", r"[\1](\3#section-\2)", line)
         line = re.sub(r"(?<!\[)\b([Tt]heory §(\d+))", r"[\1][section-\2]", line)
+        line = re.sub(r"\]\((tutorials/\w+)\.py\)", r"](\1.md)", line)
         line = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", line)
         return re.sub(r"(?<![\[`])`((?:equipoise|eq)\.[\w.]+|[A-Z]\w+)`(?!`)", self._link, line)
 
