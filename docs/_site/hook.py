@@ -54,10 +54,16 @@ def targets() -> dict[str, str]:
     return {name: defined_at(name, room) for room, names in public_names().items() for name in names}
 
 
-def proof_names() -> list[str]:
-    """The dotted names of docs/theorems.md that are not public: they get a page of their own."""
+def named_in_theorems() -> set[str]:
+    """The dotted names of docs/theorems.md that name a room."""
     text = (ROOT / "docs" / "theorems.md").read_text(encoding="utf-8")
-    return sorted(set(re.findall(r"`(equipoise(?:\.\w+){2,})`", text)) - set(targets().values()))
+    return set(re.findall(r"`(equipoise(?:\.\w+){2,})`", text))
+
+
+def proof_names() -> list[str]:
+    """Those of them that are neither public nor part of what is: they get a page of their own."""
+    public = tuple(f"{target}." for target in targets().values())
+    return sorted(name for name in named_in_theorems() if not f"{name}.".startswith(public))
 
 
 def api_pages() -> dict[str, str]:
@@ -67,6 +73,8 @@ def api_pages() -> dict[str, str]:
         path = PACKAGE / room / "__init__.py"
         source = path if path.exists() else PACKAGE / f"{room}.py"
         about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        if targets().get(room) == f"equipoise.{room}":  # the room itself is public, and says so below
+            about = ""
         entries = "\n\n".join(
             f"::: {defined_at(name, room)}\n    options: {{ heading: equipoise.{name} }}" for name in names
         )
@@ -153,7 +161,7 @@ class Links(Preprocessor):
 
     def __init__(self, md: Markdown) -> None:
         super().__init__(md)
-        self.known = {name: name for name in proof_names()}
+        self.known = {name: name for name in named_in_theorems()}
         for name, target in targets().items():
             self.known |= dict.fromkeys((name, f"eq.{name}", f"equipoise.{name}", target), target)
 
