@@ -100,3 +100,13 @@ def test_formulas_are_text(site: Path) -> None:
     theory = page(site, "theory.html")
     assert "‖p − z*‖₂ ≤ ‖W e‖₂ / m" in theory
     assert "mathjax" not in theory.lower()
+    assert [words for words in re.findall(r"<em>(.*?)</em>", theory, re.DOTALL) if re.search("[‖−≤*]", words)] == []
+
+
+def test_no_markup_is_left_over(site: Path) -> None:
+    """Roles, references that lead nowhere, emphasis and lists that were not recognised."""
+    for path in site.rglob("*.html"):
+        text = re.sub(r"<(script|style|svg|pre)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        text = re.sub(r"<[^>]+>", "", re.sub(r"<code>.*?</code>", "CODE", text, flags=re.DOTALL))
+        found = re.search(r":\w+:CODE|``|\]\[|\]\(|\*\*|^\s*- |\. - [A-Z]", text, re.MULTILINE)
+        assert found is None, f"{path}: {text[max(found.start() - 60, 0) : found.end() + 60]!r}"
