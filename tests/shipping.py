@@ -68,6 +68,14 @@ def need_compiler() -> str:
     return found[0]
 
 
+def builds_for_32_bits(cc: str, folder: Path) -> bool:
+    """Whether ``cc -m32`` finds what it needs, the C library included."""
+    (folder / "probe.c").write_text('#include <stdio.h>\nint main(void) { return printf("") != 0; }\n')
+    command = [cc, "-m32", str(folder / "probe.c"), "-o", str(folder / "probe")]
+    made = subprocess.run(command, capture_output=True, check=False)
+    return made.returncode == 0 and subprocess.run([str(folder / "probe")], check=False).returncode == 0
+
+
 def build_and_run(folder: Path, cc: str, *flags: str) -> str:
     """Compile the self-test strictly and run it; what it says."""
     program = folder / f"selftest-{cc}{''.join(flags)}".replace("=", "").replace(",", "")

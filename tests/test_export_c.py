@@ -24,6 +24,7 @@ from shipping import (
     INPUTS,
     STRICT,
     build_and_run,
+    builds_for_32_bits,
     compilers,
     exact,
     need_compiler,
@@ -82,6 +83,18 @@ def test_every_compiler_and_level_gives_the_same_bits(kind: str, level: str, tmp
     for cc in compilers():
         build_and_run(tmp_path / "net", cc, level)
         build_and_run(tmp_path / "net", cc, level, "-march=native")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["-O0", "-O3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_32_bit_processors_give_the_same_bits(kind: str, level: str, tmp_path: Path) -> None:
+    able = [cc for cc in compilers() if builds_for_32_bits(cc, tmp_path)]
+    if not able:
+        pytest.skip("no compiler here builds for 32 bits (-m32; Debian: gcc-multilib)")
+    written(tmp_path / "net", kind)
+    for cc in able:
+        build_and_run(tmp_path / "net", cc, level, "-m32")
 
 
 @pytest.mark.parametrize("kind", ["cayley-8-8", "cayley-6-1-2", "factored-2", "factored-4"])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,11 @@ from torch import nn
 import equipoise as eq
 from equipoise import runtime
 from equipoise.data import Preprocessing
-from equipoise.export import export, unrolled
+from equipoise.export import cayley, export, unrolled
+from equipoise.export.boxes import box_of
 from equipoise.export.build import Options, build
+from equipoise.export.grid import grid_of
+from equipoise.export.network import code_linear
 from equipoise.export.plan import Iteration
 from equipoise.layers.linear import quantize_linear
 from equipoise.operators.quantized import CayleyWeight
@@ -176,6 +183,26 @@ def test_an_export_that_is_cut_off_leaves_no_proof_behind(tmp_path: Path, monkey
         runtime.load(tmp_path / "net")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to kill with")
+def test_a_killed_export_leaves_no_folder(tmp_path: Path) -> None:
+    eq.save(quantized(network(), EIGHT), tmp_path / "model.safetensors")
+    code = (
+        "import os, signal, equipoise as eq\n"
+        "from equipoise.export import export, write\n"
+        "original = write.replacing\n"
+        "def stops(path, force):\n"
+        "    if path.name == 'selftest.c':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(path, force)\n"
+        "write.replacing = stops\n"
+        "export(eq.load('model.safetensors'), 'net')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "net").exists()
+    export(eq.load(tmp_path / "model.safetensors"), tmp_path / "net")  # and is not in the way of the next
+
+
 def test_another_target_takes_the_place_of_the_first_whole(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     model, folder = quantized(network(), EIGHT), tmp_path / "net"
@@ -216,3 +243,27 @@ def test_one_feature_comes_close_to_its_bound(rho: float, bits: int) -> None:
     error = np.abs(z[:, 0] * shipped.unit - truth)
     assert (status == 0).all()
     assert 0.5 < error.max() / shipped.certificate.error_bound <= 1  # type: ignore[operator]
+
+
+def test_what_rounding_costs_the_injection_counts_towards_overflow() -> None:
+    """c is computed from p, which is rounded: where that is much in units of c, the exact c alone is no bound of it."""
+    model: Any = quantized(network(), EIGHT)
+    layer, grid = model[0], grid_of(INPUTS, model.preprocessing, None, 16)
+    on = cayley._Map(layer.recurrent, injection := code_linear(layer.injection, 255, "U"), box_of(grid)[0])
+    affine, p_unit = cayley._injection(on, injection, grid)
+    unit = float(on.c.max()) / 32767
+    cayley._error(on, (affine, p_unit), unit, 32767)
+    fraction = cayley._start(on, (affine, p_unit), unit)[1]
+    coarse = Fraction(unit) * 2 ** (29 - fraction) * Fraction(9, 10)  # about the largest that has multipliers
+    loose = replace(affine, least=affine.least * 0, most=affine.most * 0, errors=affine.errors * 6)
+    with pytest.raises(eq.OptionError, match="far beyond"):
+        cayley._error(on, (loose, coarse), unit, 32767)
+
+
+@pytest.mark.parametrize(("bits", "remedy"), [(8, "--activation-bits 16"), (16, "larger margin")])
+def test_iterates_that_are_as_fine_as_can_be_are_not_advised(bits: int, remedy: str) -> None:
+    model: Any = quantized(network(), EIGHT)
+    near = CayleyWeight(QuantizedTensor.from_codes(torch.eye(FEATURES).long(), torch.tensor(1 - 2.0**-20), 8), 1.0)
+    model[0].recurrent = near
+    with pytest.raises(eq.OptionError, match=remedy):
+        build(model, None, None, Options(activation_bits=bits))

@@ -224,7 +224,7 @@ def test_the_page_is_whole_and_takes_words_as_words(tmp_path: Path, digits: Data
     read = Page(outcome.report.read_text())  # every element closed in order
     for words in ("<one>", "why & how", "A note.", "Somebody, 2026.", "Done."):
         assert words in read.text
-    assert json.loads(read.data) == {"a": 1}
+    assert json.loads(read.data["results"]) == {"a": 1}
     links = [link for link in read.values("href") + read.values("src") if not link.startswith(("#", "data:"))]
     assert links == []
     assert page(outcome.reproduction) == outcome.report.read_text()

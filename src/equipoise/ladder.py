@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._atomic import replacing
 from .certificates import Certificate
@@ -145,11 +145,13 @@ def _keeps(found: float | None, asked: float | None, sign: int) -> bool:
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """Behind a rung, and not in its JSON: its certificate over the test split (per-sample bounds and distances
-    included), what the choice saw, and the quantized model, kept for the chosen rung only."""
+    included), what the choice saw, the quantized model, kept for the chosen rung only, and the ``spectrum (N,)``
+    whose least number the margin bounds, as computed."""
 
     model: nn.Module | None
     certificate: Certificate
     findings: Findings
+    spectrum: Tensor | None = None
 
     @property
     def portable_certificate(self) -> Certificate:
@@ -170,7 +172,8 @@ def _without_samples(certificate: Certificate) -> Certificate:
 
 @dataclass(frozen=True)
 class Subject:
-    """The float model that a ladder starts from, and the data it is judged on (test figures)."""
+    """The float model that a ladder starts from, and the data it is judged on (test figures); ``spectrum`` as in
+    :class:`Evidence`."""
 
     data: str
     validation_samples: int
@@ -180,6 +183,7 @@ class Subject:
     rate: float | None
     steps: int | None
     accuracy: float | None
+    spectrum: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

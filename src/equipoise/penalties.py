@@ -222,5 +222,5 @@ def _proved_ratio(recurrent: Any) -> float:
     except NotWellPosedError:
         return math.inf
     margin = verified.margin(free)
-    change = verified.up(verified.spectral_norm(exact - free, error) * (1 + 1e-15) + verified.TINY)
+    change = verified.up(verified.spectral_norm(exact - free, error) * (1 + 1e-12) + verified.TINY)
     return verified.up(change / margin) if margin > 0 else math.inf

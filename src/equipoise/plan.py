@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .certificates import Certificate, Certifier, certify
+from .certificates.wellposed import spectrum
 from .data import Data, Split
 from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError
 from .ladder import Evidence, Findings, Goal, Ladder, Requirements, Rung, Subject, choose
@@ -229,7 +230,7 @@ def _climb(
         bias_bits=scheme.bias_bits,
         head_bits=scheme.head_bits,
     )
-    return rung, Evidence(small, last, findings)
+    return rung, Evidence(small, last, findings, spectrum(small))
 
 
 def _proved(judge: Certifier, small: nn.Module) -> Certificate:
@@ -251,7 +252,8 @@ def _subject(model: nn.Module, data: Data, classifies: bool) -> Subject:
         accuracy = _accuracy(model, _placed(data.test, model)) if classifies else None
     rate, steps = _finite(proof.rate), proof.steps
     sizes = len(data.validation), len(data.test)
-    return Subject(data.name, *sizes, size(model), _finite(proof.margin), rate, steps, accuracy)
+    numbers = tuple(spectrum(model).tolist())
+    return Subject(data.name, *sizes, size(model), _finite(proof.margin), rate, steps, accuracy, numbers)
 
 
 def _placed(split: Split, model: nn.Module) -> Split:

@@ -32,6 +32,7 @@ __all__ = [
     "margin",
     "observe",
     "perturbation",
+    "spectrum",
 ]
 
 
@@ -94,6 +95,26 @@ def euclidean_lipschitz(model: nn.Module) -> float | None:
 def _norm(linear: nn.Linear | QuantizedLinear) -> float:
     weight, _, error, _ = affine64(linear)
     return verified.spectral_norm(weight, error)
+
+
+@torch.no_grad()
+def spectrum(model: nn.Module) -> Tensor:
+    """The numbers ``(N,)`` of which the margin is the least, ascending, float64: of every equilibrium layer the
+    eigenvalues of sym(I − W), of a NEMON layer the 1 − μ_i of its rows (theory §1, §7).
+
+    Computed and not proved: :func:`margin` proves a bound of the least one. Empty where the codes define no matrix.
+    """
+    found = [torch.empty(0, dtype=torch.float64)]
+    for _, layer in equilibrium_layers(model):
+        operator = fresh_operator(layer)
+        W, error = operator.matrix64()
+        if error == math.inf or not bool(W.isfinite().all()):
+            return found[0]
+        if isinstance(operator.family, Euclidean):
+            found.append(torch.linalg.eigvalsh(torch.eye(len(W), dtype=W.dtype) - (W + W.mT) / 2))
+        else:
+            found.append(operator.row_margins())
+    return torch.cat(found).sort().values
 
 
 @dataclass(frozen=True)

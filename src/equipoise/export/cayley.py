@@ -16,7 +16,7 @@ from .boxes import Box
 from .fixedpoint import INT32, SLACK, Floats, above, fit_multipliers
 from .grid import Grid
 from .network import CodedLinear, CodedMatrix
-from .plan import Iterates, Iteration, Plan, iterate_limit
+from .plan import Iterates, Iteration, Plan, finer, iterate_limit
 from .program import CayleyProgram
 
 __all__ = ["plan_cayley"]
@@ -107,7 +107,7 @@ def _proved_unit(on: _Map, entry: tuple[Affine, Fraction], limit: int) -> float:
         unit *= max(largest / (limit * unit), 1.0) * (1 + 1e-6)
     raise OptionError(
         f"no grid of {limit} levels holds the iterates: the contraction factor {on.rho:.6g} is too near 1; "
-        "use --activation-bits 16"
+        f"use {finer(limit)}"
     )
 
 
@@ -147,6 +147,14 @@ def _error(on: _Map, entry: tuple[Affine, Fraction], unit: float, limit: int) ->
         )
     own = 0.5 + step.errors * sums
     c_error = 0.5 + start.errors[0] * affine.magnitude + start.errors[1:] * p_sums
+    cross = np.array([float(f) for f in factors[1:]])
+    p_error = float(factors[0]) * affine.errors + cross * (np.abs(on.C.codes) @ affine.errors)
+    reach = float((on.c / unit * 2.0**fraction + c_error + p_error).max(initial=0)) * SLACK
+    if reach > INT32 or fraction < 4:
+        raise OptionError(
+            f"inputs of the declared range drive the injection to {float(on.c.max(initial=0)):.4g}, far beyond the "
+            f"iterates' grid (largest {limit * unit:.4g}); narrow the range, or calibrate on larger inputs"
+        )
     own = own + c_error * 2.0**-fraction
     lost = _norm(own * unit) + (1 + on.rho) * _norm(affine.errors * above(p_unit)) * SLACK
     program = CayleyProgram(
@@ -159,13 +167,6 @@ def _error(on: _Map, entry: tuple[Affine, Fraction], unit: float, limit: int) ->
 
 def _build(on: _Map, entry: tuple[Affine, Fraction], limit: int, unit: float, checked: bool) -> Plan:
     step_error, program = _error(on, entry, unit, limit)
-    largest_c = float(on.c.max(initial=0)) / unit
-    if largest_c * 2.0**program.fraction >= 2**30 or program.fraction < 4:
-        raise OptionError(
-            f"inputs of the declared range drive the injection to {largest_c * unit:.4g}, far beyond the iterates' "
-            f"grid (largest {limit * unit:.4g}); narrow the range, calibrate on larger inputs, or "
-            "use --activation-bits 16"
-        )
     n = len(on.rows)
     norm = np.inf if on.rho >= 1 else (on.c_norm + step_error) / (1 - on.rho) * SLACK
     if checked:

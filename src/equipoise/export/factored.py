@@ -17,7 +17,7 @@ from .boxes import Box
 from .fixedpoint import INT32, SLACK, Floats, Integers, exact_product, fit_multipliers, requantize
 from .grid import Grid
 from .network import WIDEST, CodedLinear, CodedMatrix
-from .plan import Iterates, Iteration, Plan, iterate_limit
+from .plan import Iterates, Iteration, Plan, finer, iterate_limit
 from .program import Program
 
 __all__ = ["FactoredMap", "FactoredProgram", "plan_factored"]
@@ -178,7 +178,7 @@ def _proved_unit(on: _Map, injection: CodedLinear, grid: Grid, limit: int) -> fl
             break
     raise OptionError(
         f"no grid of {limit} levels holds the iterates: the contraction factor {on.rho:.6g} is too near 1; use "
-        "--activation-bits 16, or the Cayley scheme"
+        f"{finer(limit)}, or the Cayley scheme"
     )
 
 
@@ -230,8 +230,8 @@ def _entry(on: _Map, injection: CodedLinear, grid: Grid, factor: Fraction, most:
         fraction -= 1
     if largest * 2.0**fraction >= 2**30:
         raise OptionError(
-            f"inputs of the declared range drive the injection {largest:.4g} units far; narrow the range, calibrate on "
-            "larger inputs, or use --activation-bits 16"
+            f"inputs of the declared range drive the injection {largest:.4g} units far; narrow the range, or "
+            "calibrate on larger inputs"
         )
     ranges = (grid.low, grid.high)
     return integer_affine(injection, factor * 2**fraction, ranges, grid.steps, grid.offsets, "the injection"), fraction

@@ -9,7 +9,7 @@ from ..errors import OptionError
 from .fixedpoint import SLACK
 from .program import Program
 
-__all__ = ["Iterates", "Iteration", "Plan", "iterate_limit"]
+__all__ = ["Iterates", "Iteration", "Plan", "finer", "iterate_limit"]
 
 MOST_STEPS = 100_000
 UNCERTIFIED_STEPS = 100
@@ -20,6 +20,11 @@ def iterate_limit(bits: int) -> int:
     if bits not in (8, 16):
         raise OptionError(f"activation bits are {bits}; there are kernels for 8 and 16")
     return 255 if bits == 8 else 2**15 - 1
+
+
+def finer(limit: int) -> str:
+    """What to use where iterates up to ``limit`` are too coarse."""
+    return "--activation-bits 16" if limit <= 255 else "weights with a larger margin (more bits, a margin penalty)"
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Iteration:
             if tol <= floor:
                 raise OptionError(
                     f"tol {tol:g} cannot be reached: the rounding of this grid alone is bounded by {floor:.6g}, and "
-                    "more steps do not lower that; use --activation-bits 16, a narrower input range, or a larger tol"
+                    "more steps do not lower that; use finer iterates (--activation-bits 16), a narrower input range, "
+                    "or a larger tol"
                 )
             allowed = tol - floor
         low, high = 0, 1

@@ -13,7 +13,7 @@ import numpy as np
 from .affine import Affine
 from .build import Shipped
 from .factored import FactoredProgram
-from .fixedpoint import INT32
+from .fixedpoint import INT32, Integers
 from .grid import Grid
 from .packing import array, code_type, packed_rows, piece_bytes
 from .program import CayleyProgram, Program
@@ -113,7 +113,10 @@ def dot(name: str, bits: int, ctype: str) -> str:
 
 
 TILE = 8
-"""Images whose injections are formed together by the host build."""
+"""Images that the host build works on together."""
+
+VECTOR = 64
+"""Bytes of the widest vectors that compilers make use of."""
 
 HEAD_OF_A_TILE = """        if (scores != 0) {
             int32_t *const mine = scores + (int64_t)k * EQNET_CLASSES;
@@ -128,38 +131,44 @@ HEAD_OF_A_TILE = """        if (scores != 0) {
 def host(shipped: Shipped) -> str:
     """``eqnet_host.c``: the same integers from wider tables, for processors with vector instructions and memory."""
     program, affine = shipped.program, shipped.program.injection
-    parts, solve, codes = (
-        [template("host_prelude.c", version=version("equipoise"))],
-        "eqnet_solve",
-        "eqnet_inject_codes",
-    )
-    product, width = "eqnet_dot_inject", program.features
+    codes, inputs = _wide(affine.codes), whole(program.inputs)
+    affine = replace(affine, codes=codes, bits=max(8, affine.bits), bounds=(*affine.bounds[:-1], inputs))
+    terms, stride = _terms(affine, "eqnet_host_dot_inject", "x[k]", "inject")
     solve = "        for (k = 0; k < count; ++k) {\n            status[k] = eqnet_solve(p[k], all[k]);\n        }\n"
-    if affine.bits < 8:
-        affine = replace(affine, bits=8)
-        codes, product = "eqnet_host_codes", "eqnet_host_dot_inject"
-        parts += [array("int8_t", codes, affine.codes.flatten().tolist()), dot(product, 8, "eqnet_input")]
+    wide: list[str] = []
     if isinstance(program, CayleyProgram):
-        width = -(-program.features // 64) * 64
-        parts += _wide_cayley(program, width)
+        wide = _wide_cayley(program)
         solve = "        eqnet_host_solve(p, count, all, status);\n"
-    terms, stride = _terms(affine, product, "image", "inject")
-    parts.append(
+    parts = [
+        template("host_prelude.c", version=version("equipoise")),
+        array(code_type(affine.bits), "eqnet_host_codes", codes.flatten().tolist()),
+        dot("eqnet_host_dot_inject", affine.bits, "eqnet_input"),
+        *wide,
         template(
             "host.c",
             tile=TILE,
             code=code_type(affine.bits),
-            codes=codes,
             terms="\n".join(f"    {line}" for line in terms),
             stride=stride,
             shift=affine.shift,
             solve=solve,
-            width=width,
+            width=whole(program.features),
+            inputs=inputs,
             range_check=_range_check(program, shipped.grid.ctype, own_index=True),
             scores=HEAD_OF_A_TILE if program.head is not None else "        (void)scores;\n",
-        )
-    )
+        ),
+    ]
     return "\n".join(parts)
+
+
+def whole(count: int) -> int:
+    """``count`` elements filled up to whole vectors: what is left over would be done one by one."""
+    return -(-count // VECTOR) * VECTOR
+
+
+def _wide(codes: Integers) -> Integers:
+    """Rows filled up with zeros."""
+    return np.pad(codes, ((0, 0), (0, whole(codes.shape[1]) - codes.shape[1])))
 
 
 def _terms(affine: Affine, product: str, x: str, tables: str) -> tuple[list[str], int]:
@@ -174,15 +183,13 @@ def _terms(affine: Affine, product: str, x: str, tables: str) -> tuple[list[str]
     return lines, at
 
 
-def _wide_cayley(program: CayleyProgram, width: int) -> list[str]:
-    """The solver on rows of plain bytes, filled up with zeros to whole vectors."""
-    codes = np.zeros((program.features, width), dtype=np.int64)
-    codes[:, : program.features] = program.C.codes
+def _wide_cayley(program: CayleyProgram) -> list[str]:
+    """The solver on rows of plain bytes."""
     return [
-        array("int8_t", "eqnet_host_C", codes.flatten().tolist()),
+        array("int8_t", "eqnet_host_C", _wide(program.C.codes).flatten().tolist()),
         dot("eqnet_host_dot_start", 8, "int32_t"),
         dot("eqnet_host_dot_step", 8, "eqnet_state"),
-        template("cayley_tile.c", tile=TILE, width=width, **_start(program)),
+        template("cayley_tile.c", tile=TILE, width=whole(program.features), **_start(program)),
     ]
 
 

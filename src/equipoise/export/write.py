@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,26 @@ def check_folder(folder: str | os.PathLike[str], force: bool) -> Path:
 
 
 def write_files(folder: Path, texts: dict[str, str | bytes], force: bool) -> dict[str, Path]:
-    """Each file whole or not at all; the last one is there only if all are, and belongs to the others."""
+    """A new folder appears with all its files or not at all. In one that is there each file is whole or missing, and
+    the last one, which belongs to the others, is there only if all are."""
     check_folder(folder, force)
+    if folder.exists():
+        _fill(folder, texts)
+        return {name: folder / name for name in texts}
+    scratch = folder.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
-        folder.mkdir(exist_ok=True)
+        scratch.mkdir()
+        _fill(scratch, texts)
+        scratch.rename(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {name: folder / name for name in texts}
+
+
+def _fill(folder: Path, texts: dict[str, str | bytes]) -> None:
+    try:
         # an earlier proof is not to be found beside half of a new program, nor earlier files beside a new proof
         for name in (CERTIFICATE, *EXPORTED):
             if name == CERTIFICATE or name not in texts:
@@ -62,7 +79,6 @@ def write_files(folder: Path, texts: dict[str, str | bytes], force: bool) -> dic
     for name, text in texts.items():
         with replacing(folder / name, True) as file:
             file.write(text.encode("utf-8") if isinstance(text, str) else text)
-    return {name: folder / name for name in texts}
 
 
 def write_c(shipped: Shipped, folder: Path, samples: Integers | None, force: bool) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The ladder as one self-contained page. In the terminal: ``report.terminal``."""
+"""The ladder as one self-contained page in which a reader explores it. In the terminal: ``report.terminal``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from .._atomic import check_output, replacing
-from ..ladder import Ladder, Rung
+from ..ladder import Ladder
 from . import words
-from .canvas import MARKERS
-from .figures import draw_all
-from .pages import fill
+from .drawing import BOX, SPARK, shape
+from .explorer import explore
+from .pages import embedded, fill
 
 __all__ = ["render", "write_report"]
 
@@ -27,7 +27,7 @@ def write_report(ladder: Ladder, path: str | Path, title: str | None = None, for
 
     Raises:
         OutputError: ``path`` exists and ``force`` is False, or cannot be written.
-        MissingExtraError: matplotlib or Jinja are not installed.
+        MissingExtraError: Jinja is not installed.
     """
     target = check_output(path, force)
     page = render(ladder, title).encode()
@@ -44,7 +44,7 @@ def render(ladder: Ladder, title: str | None = None) -> str:
 def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
     rung = None if ladder.chosen is None else ladder.rungs[ladder.chosen]
     proof = ladder.evidence[ladder.chosen] if ladder.chosen is not None and ladder.evidence else None
-    subject = ladder.subject
+    subject, explorer = ladder.subject, explore(ladder)
     schemes = list(dict.fromkeys(r.scheme for r in ladder.rungs))
     seen = {r.verdict for r in ladder.rungs}
     first = ladder.evidence[0].certificate if ladder.evidence else None
@@ -55,41 +55,22 @@ def _context(ladder: Ladder, title: str | None) -> dict[str, Any]:
         "rung": rung,
         "rungs": ladder.rungs,
         "subject": subject,
-        "tiles": _tiles(ladder, rung) if rung else [],
+        "chosen": words.name(rung) if rung else "",
         "proved": words.proved(rung, proof) if rung and proof else [],
         "measured": words.measured(ladder, rung) if rung else [],
         "asks": words.asks(ladder.requirements, proof) if proof else [],
         "schemes": schemes,
         "mixed": any(r.mixed for r in ladder.rungs),
         "blurbs": BLURBS,
-        "markers": MARKERS,
-        "figures": draw_all(ladder),
+        "shape": shape,
+        "box": BOX,
+        "spark": SPARK,
+        "explorer": explorer,
+        "frame": explorer.frames[explorer.start] if explorer else None,
+        "frames": embedded(explorer.data()) if explorer else "",
         "verdicts": words.VERDICTS,
         "verdicts_seen": [verdict for verdict in words.VERDICTS if verdict in seen],
         "input_bits": ladder.rungs[0].input_bits if ladder.rungs else None,
         "notes": ladder.notes,
         "arithmetic": f"Proofs: {first.arithmetic}." if first else "",
     }
-
-
-def _tiles(ladder: Ladder, rung: Rung) -> list[dict[str, str]]:
-    """The four figures under the headline, those that do not apply left out."""
-    subject = ladder.subject
-    tiles = [_tile("Size", words.bytes_text(rung.size_bytes), "counted", "")]
-    if subject:
-        times = subject.size_bytes / rung.size_bytes
-        tiles[0]["beside"] = f"float {words.bytes_text(subject.size_bytes)}, {times:.1f} times that"
-    beside = f"float {words.at_least(subject.margin)}" if subject else ""
-    tiles.append(_tile("Margin, at least", words.at_least(rung.margin), "proved", beside))
-    if rung.agreement is not None:
-        tiles.append(
-            _tile("Classes proved unchanged", words.percent_at_least(rung.agreement), "proved", "of the test inputs")
-        )
-    if rung.accuracy is not None:
-        beside = f"float {words.percent(subject.accuracy)}" if subject else ""
-        tiles.append(_tile("Accuracy", words.percent(rung.accuracy), "measured", beside))
-    return tiles
-
-
-def _tile(label: str, value: str, kind: str, beside: str) -> dict[str, str]:
-    return {"label": label, "value": value, "kind": kind, "beside": beside}

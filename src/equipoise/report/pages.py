@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import MissingExtraError
 from . import words
 
-__all__ = ["fill"]
+__all__ = ["embedded", "fill"]
 
 NUMBERS = ("bits_of", "bits_text", "number", "at_least", "at_most", "percent", "percent_at_least")
 """Functions of :mod:`.words` that a template may call."""
@@ -35,11 +35,16 @@ def fill(template: str, context: Mapping[str, Any], element: str, data: Mapping[
         lstrip_blocks=True,
     )
     environment.globals.update({name: getattr(words, name) for name in NUMBERS}, missing=words.MISSING)
-    # Inside a script element only "<" could end it.
-    numbers = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    page = environment.get_template(template).render(**context, version=_version(), element=element, data=numbers)
+    page = environment.get_template(template).render(
+        **context, version=_version(), element=element, data=embedded(data)
+    )
     # A number and its unit stay on one line.
     return re.sub(r"(\d) (?=%|kB|MB|bits?\b|bytes\b)", "\\1\N{NO-BREAK SPACE}", page)
+
+
+def embedded(data: Mapping[str, Any]) -> str:
+    """``data`` as JSON for a script element, where only "<" could end it."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _version() -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "proved",
     "requirement_text",
     "summary",
+    "title",
 ]
 
 VERDICTS = {
@@ -80,13 +81,17 @@ def name(rung: Rung) -> str:
     return f"{rung.scheme.capitalize()} at {bits_text(rung.bits)}{inputs}"
 
 
+def title(rung: Rung) -> str:
+    """The rung by its scheme and bits, for headings."""
+    return name(rung) if rung.mixed else f"{rung.scheme.capitalize()} at {bits_text(rung.bits)}"
+
+
 def headline(ladder: Ladder) -> str:
     """One sentence: what was chosen."""
     if ladder.chosen is None:
         return "No version keeps everything that was asked."
     rung = ladder.rungs[ladder.chosen]
-    chosen = name(rung) if rung.mixed else f"{rung.scheme.capitalize()} at {bits_text(rung.bits)}"
-    return f"{chosen} keeps the guarantee in {bytes_text(rung.size_bytes)}."
+    return f"{title(rung)} keeps the guarantee in {bytes_text(rung.size_bytes)}."
 
 
 def summary(ladder: Ladder) -> str:

@@ -2,9 +2,10 @@
 
 A solver is a frozen set of hyperparameters that turns a :class:`Problem` into a fixed-point map and says
 how to step on it (``init`` / ``step``). The loop looks at the iterates every few steps, on a schedule that
-depends on the operator and the tolerance but never on the batch, so that a sample's answer does not depend
-on its company. A sample that looks finished is judged by the a-posteriori bound of :mod:`.posterior`; if it
-passes it is written down and leaves the batch.
+depends on the operator and the tolerance but not on the batch, so that a sample's answer does not depend
+on its company; only in training a :class:`Habit`, learned from the steps before, is heeded instead. A sample that
+looks finished is judged by the a-posteriori bound of :mod:`.posterior`; if it passes it is written down and leaves
+the batch.
 """
 
 from __future__ import annotations
