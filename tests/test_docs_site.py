@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import equipoise as eq
+from browser import Tab, browser, chromium
 
 pytest.importorskip("mkdocs", reason="the site needs the extra [docs]")
 pytest.importorskip("material", reason="the site needs the extra [docs]")
@@ -113,3 +120,52 @@ def test_no_markup_is_left_over(site: Path) -> None:
         text = re.sub(r"<[^>]+>", "", re.sub(r"<code>.*?</code>", "CODE", text, flags=re.DOTALL))
         found = re.search(r":\w+:CODE|``|\]\[|\]\(|\*\*|^\s*- |\. - [A-Z]", text, re.MULTILINE)
         assert found is None, f"{path}: {text[max(found.start() - 60, 0) : found.end() + 60]!r}"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing of it."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """The site, served."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    binary = chromium()
+    if binary is None:
+        pytest.skip("no Chromium: chromium, chromium-browser, google-chrome")
+    with browser(binary, tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def test_pages_fit_desktop_and_phone_and_complain_of_nothing(site: Path, address: str, tab: Tab) -> None:
+    for built in sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html")):
+        if built == "404.html":  # its addresses are those of a site at the root
+            continue
+        tab.open(address + built)
+        for width in (1400, 400):
+            tab.resize(width, 900)
+            assert tab.value("document.documentElement.scrollWidth") <= width, (built, width)
+        assert tab.complaints() == [], built
+        assert [url for url in tab.requests() if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def test_the_search_finds_a_function(address: str, tab: Tab) -> None:
+    tab.resize(1400, 900)
+    tab.open(address + "index.html")
+    tab.click(".md-search__input")
+    tab.call("Input.insertText", text="displacement")
+    found, patience = "document.querySelectorAll('.md-search-result__item').length", time.monotonic() + 30
+    while tab.value(found) == 0 and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert tab.value(found) > 3
+    assert "isplacement" in tab.text(".md-search-result__list")
