@@ -306,3 +306,14 @@ def test_options_that_make_no_proximal_map_are_refused(make: object, value: str)
     assert callable(make)
     with pytest.raises(OptionError, match=value):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_limits_beyond_a_dtype_are_infinite_in_it(dtype: torch.dtype) -> None:
+    v = torch.tensor([-3.0, 0.0, 3.0], dtype=dtype)
+    assert eq.Hardtanh(-1.0, 1e200)(v).tolist() == [-1.0, 0.0, 3.0]
+    assert eq.Hardtanh(-1e200, 1.0).prox(v, 0.5).tolist() == [-3.0, 0.0, 1.0]
+    assert eq.SoftThreshold(1e200)(v).tolist() == [0.0, 0.0, 0.0]
+    assert eq.Hardtanh(1e200, 2e200).fixes_zero is False
+    layer = eq.NEMON(2, 3, activation=eq.Hardtanh(0.0, 1e200)).to(dtype)
+    assert bool(torch.isfinite(layer(torch.ones(1, 2, dtype=dtype))).all())
