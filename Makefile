@@ -6,11 +6,11 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-mcu lint format types clean
+.PHONY: help setup demo docs test test-all test-mcu lint format types clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := train,data,report,bench,export,dev
+EXTRAS := train,data,report,bench,export,docs,dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 # One thread per worker: the workers share the cores among them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -35,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## train on the digits, quantize 8 to 1 bits, certify, choose; writes demo/report.html
 	$(BIN)/equipoise demo --out demo --force
+
+docs: $(STAMP) ## the pages of docs/ as a site in build/site, built strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint types ## lint, types, and every test but the slow ones
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
