@@ -70,6 +70,7 @@ def test_networks_on_images_go_on_where_they_stopped(kind: str, digits: Data, tm
     assert same(again, whole)
 
 
+@pytest.mark.filterwarnings("ignore::equipoise.errors.ConvergenceWarning")
 @pytest.mark.parametrize("kind", ["monconv", "multitier", "lmdeq", "mdeq"])
 def test_the_command_trains_them(kind: str, tmp_path: Path, capsys: Capsys) -> None:
     out = tmp_path / "m.safetensors"
@@ -96,6 +97,8 @@ def test_sizes_are_heeded(digits: Data) -> None:
     model = preset_of("mondeq").build(digits, Sizes(features=12, rank=5, margin=0.4))
     assert (model[0].features, model[0].recurrent.A.shape) == (12, (5, 12))  # type: ignore[union-attr]
     assert eq.margin(model) == pytest.approx(0.4)
+    model = preset_of("lmdeq").build(digits, Sizes(gamma=0.3))
+    assert model[1].contraction(training=True) <= 0.3  # type: ignore[operator]
     model = preset_of("nemon").build(digits, Sizes(features=12, gamma=0.3))
     assert (model[0].features, float(model[0].recurrent.gamma)) == (12, pytest.approx(0.3))  # type: ignore[union-attr,arg-type]
 

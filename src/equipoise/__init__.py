@@ -37,7 +37,7 @@ from .export import export
 from .files import load, save
 from .importers import import_model
 from .layers import MDEQ, NEMON, LipschitzMDEQ, MonConv2d, MonDEQ, MultiTierMonDEQ, NEMONConv2d
-from .operators.conv_norm import conv_norm
+from .operators import conv_norm
 from .penalties import MarginPenalty
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured

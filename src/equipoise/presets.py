@@ -25,7 +25,8 @@ __all__ = ["KINDS", "Kind", "Preset", "Sizes", "classifier", "convolutional", "m
 class Sizes:
     """What may be asked of a network beside its preset: None leaves that to the preset.
 
-    ``features`` are units, or channels; ``rank`` rows of A; ``margin`` that to start from; ``gamma`` the measure.
+    ``features`` are units, or channels; ``rank`` rows of A; ``margin`` that to start from; ``gamma`` the measure, of a
+    multiscale network the contraction that is to be proved, dropout counted.
     """
 
     features: int | None = None
@@ -227,6 +228,8 @@ def multiscale(
 ) -> nn.Sequential:
     """``Sequential(Unflatten, kind)`` on flat images: [SI26], the kind's own preset of that name with ``options``."""
     inputs, *size = image_shape(data)
+    if asked.gamma is not None:
+        options["contraction"] = asked.gamma
 
     def draw() -> tuple[nn.Module, ...]:
         network = kind.preset(name, inputs, (size[0], size[1]), data.class_count, **options)
@@ -246,7 +249,7 @@ def _multiscales(kind: type[LipschitzMDEQ] | type[MDEQ]) -> Kind:
             )
             for name, count in epochs.items()
         },
-        (),
+        ("gamma",) if kind is LipschitzMDEQ else (),
         images=True,
     )
 

@@ -101,7 +101,10 @@ class Network:
     features: Annotated[int | None, option("Units of the equilibrium layer, or channels; default the preset's.")] = None
     rank: Annotated[int | None, option("Rows of A; default a quarter of the features.")] = None
     margin: Annotated[float | None, option("Margin of a monDEQ to start from, default 1; it is learned.")] = None
-    gamma: Annotated[float | None, option("Measure of a nemon, below 1; default 0.95, of a nemonconv 0.1.")] = None
+    gamma: Annotated[
+        float | None,
+        option("Below 1: measure of a nemon, default 0.95, of a nemonconv 0.1; contraction of an lmdeq in training."),
+    ] = None
 
     def fields(self) -> dict[str, Any]:
         """The fields of a :class:`~equipoise.jobs.Job` that these are."""
