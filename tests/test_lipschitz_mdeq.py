@@ -1,48 +1,25 @@
-"""The Lipschitz multiscale DEQ: what it computes, what it proves, and its plain sibling."""
+"""The Lipschitz multiscale DEQ: what it computes and what it proves."""
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import equipoise as eq
 from equipoise import verified
 from equipoise.implicit import attach_map
-from equipoise.layers.blocks import CappedConv2d, CodedKernel, Plan
+from equipoise.layers.blocks import CappedConv2d, Plan
 from equipoise.layers.lipschitz_mdeq import scaled_norm
-from equipoise.layers.multiscale import split, weights_of_fusion
-from equipoise.layers.room import memory_needed
+from equipoise.layers.multiscale import weights_of_fusion
 from equipoise.layers.steps import VALUES, GroupMean, Pool, Proved, Proving, Slope, Sort, Standardize, Step, Up
 from equipoise.operators.conv_norm import conv_norm
+from multiscale_networks import images, injected, small
 
 PUBLISHED = Plan(((32, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4)))
-
-
-def small(dtype: torch.dtype = torch.float64, **options: Any) -> eq.LipschitzMDEQ:
-    """Two branches of four and eight channels on images of 8 × 8."""
-    torch.manual_seed(options.pop("seed", 0))
-    defaults: dict[str, Any] = {"groups": 2, "post_groups": 2, "expansion": 2, "head_channels": 8, "dropout": 0.0}
-    model = eq.LipschitzMDEQ(2, 8, 3, (4, 8), **{**defaults, **options}).to(dtype)
-    with torch.no_grad():
-        for parameter in model.map.norms.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
-def images(count: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-def injected(model: eq.LipschitzMDEQ, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return VALUES.along(model.inject(), x)
 
 
 # The certificate
@@ -326,208 +303,3 @@ def test_a_training_step_keeps_one_evaluation() -> None:
             model(images(3))
         counts.append(sum(saved))
     assert counts[0] == counts[1]
-
-
-# Quantized
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_capped_codes_keep_the_contraction(bits: int) -> None:
-    model = small(torch.float32, contraction=0.9).eval()
-    quantized = eq.quantize(model, eq.Structured(bits=bits))
-    assert isinstance(quantized, eq.LipschitzMDEQ)
-    assert quantized.contraction() <= 0.9
-    for conv in quantized.map.convs.values():
-        assert isinstance(conv, CappedConv2d)
-        assert isinstance(conv.kernel, CodedKernel)
-        assert conv.step("proof").norm <= model.plan.norm_cap
-    assert eq.size(quantized) < eq.size(model)
-
-
-def test_displacements_hold_for_each_image() -> None:
-    model, x = small(torch.float32, contraction=0.9).eval(), images(6, torch.float32)
-    for scheme in (eq.Structured(bits=3), eq.Structured(bits=8), eq.Assembled(bits=6)):
-        quantized = eq.quantize(model, scheme)
-        found = eq.certify(quantized, reference=model, inputs=x)
-        assert found.certified
-        assert found.verdict == "certified"
-        truth = [
-            network.double().solve(x.double(), tol=1e-12).value
-            for network in (copy.deepcopy(quantized), copy.deepcopy(model))
-        ]
-        actual = (truth[0] - truth[1]).norm(dim=1)
-        assert found.displacement is not None
-        assert bool((actual <= found.displacement).all())
-        assert found.actual_displacement is not None
-        assert found.actual_error is not None
-        assert bool(((actual - found.actual_displacement).abs() <= found.actual_error).all())
-        same = quantized(x).argmax(1) == model(x).argmax(1)
-        assert found.unproved is not None
-        assert found.agreement == 1 - len(found.unproved) / 6
-        proved = torch.ones(6, dtype=torch.bool)
-        proved[found.unproved] = False
-        assert bool(same[proved].all())
-
-
-def test_fine_codes_prove_the_class() -> None:
-    model, x = small(torch.float32, contraction=0.5).eval(), images(20, torch.float32)
-    with torch.no_grad():
-        model.linear.weight.mul_(20)
-    found = eq.certify(eq.quantize(model, eq.Structured(bits=16)), reference=model, inputs=x)
-    assert found.agreement is not None
-    assert found.agreement > 0.5
-
-
-def test_a_certificate_that_does_not_hold_is_not_given() -> None:
-    model = small(norm_cap=8.0).eval()
-    with torch.no_grad():
-        for conv in model.map.convs.values():
-            conv.kernel.weight.mul_(3)
-    found = eq.certify(model)
-    assert model.contraction() > 1
-    assert not found.certified
-    assert found.verdict == "unknown"
-    assert found.rate is None
-    with pytest.warns(eq.ConvergenceWarning, match="no bound exists"):
-        solution = model.solve(images(2), eq.Picard(max_steps=3), stop="bound")
-    assert not bool(solution.converged.any())
-    assert bool(torch.isinf(solution.error_bound).all())
-
-
-def test_codes_that_do_not_fit_are_refused() -> None:
-    model = small(torch.float32)
-    with pytest.raises(eq.StructureError, match="quantized already"):
-        eq.quantize(eq.quantize(model, eq.Structured(bits=4)), eq.Structured(bits=4))
-    with pytest.raises(eq.EquipoiseError, match="Compensated"):
-        eq.quantize(model, eq.Compensated(bits=4))
-    with pytest.raises(eq.OptionError, match="input_bits"):
-        eq.quantize(model, eq.Structured(bits=4, input_bits=4))
-    with pytest.raises(eq.StructureError, match="no guarantee"):
-        eq.quantize(eq.MDEQ(2, 8, 3, (4, 8), groups=2, post_groups=2), eq.Structured(bits=4))
-    with pytest.raises(eq.StructureError, match="own stem and head"):
-        eq.quantize(nn.Sequential(model, nn.Linear(3, 2)), eq.Structured(bits=4))
-    other = small(torch.float32, expansion=1)
-    assert eq.certify(eq.quantize(model, eq.Structured(bits=4)), reference=other).certified
-    with pytest.raises(eq.StructureError, match="not the same network"):
-        eq.certify(model, reference=eq.LipschitzMDEQ(2, 8, 4, (4, 8), groups=2, post_groups=2))
-
-
-def test_a_subclass_is_refused() -> None:
-    class Other(eq.LipschitzMDEQ):  # type: ignore[misc]
-        def classify(self, z: Tensor) -> Tensor:
-            return 2 * super().classify(z)
-
-    model = Other(2, 8, 3, (4, 8), groups=2, post_groups=2)
-    with pytest.raises(eq.StructureError, match="something else"):
-        eq.certify(model)
-
-
-# Files
-
-
-@pytest.mark.parametrize("kind", ["float", "structured", "head", "mdeq", "chain"])
-def test_files_give_back_the_same_network(kind: str, tmp_path: Path) -> None:
-    model: nn.Module = small(
-        torch.float32, contraction=0.9, solver=eq.Anderson(memory=3), activation="groupsort"
-    ).eval()
-    if kind in ("structured", "head"):
-        model = eq.quantize(model, eq.Structured(bits=3, head_bits=8 if kind == "head" else None))
-    elif kind == "mdeq":
-        model = eq.MDEQ(2, 8, 3, (4, 8), groups=2, post_groups=2).eval()
-    elif kind == "chain":
-        model = nn.Sequential(nn.Unflatten(1, (2, 8, 8)), model).eval()
-    eq.save(model, tmp_path / "m.safetensors")
-    again = eq.load(tmp_path / "m.safetensors")
-    x = images(3, torch.float32)
-    x = x.flatten(1) if kind == "chain" else x
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", eq.ConvergenceWarning)
-        assert torch.equal(again(x), model(x))
-    assert again.state_dict().keys() == model.state_dict().keys()
-    if kind != "mdeq":
-        assert eq.certify(again).contraction == eq.certify(model).contraction
-
-
-# Bad input, and the plain network
-
-
-def test_bad_options_are_refused() -> None:
-    make = eq.LipschitzMDEQ
-    with pytest.raises(eq.OptionError, match="does not divide 6 channels"):
-        make(3, 8, 10, (6, 12), groups=4, post_groups=2)
-    with pytest.raises(eq.OptionError, match="do not halve as often"):
-        make(3, 12, 10, (8, 16, 32, 64))
-    with pytest.raises(eq.OptionError, match="do not halve as often"):
-        make(3, (32, 20), 10, (8, 16, 32), stem_stride=2)
-    with pytest.raises(eq.OptionError, match="splitting for ForwardBackward"):
-        make(3, 8, 10, (8, 16), solver=eq.ForwardBackward())
-    with pytest.raises(eq.OptionError, match="give one"):
-        make(3, 8, 10, (8, 16), norm_cap=2.0, contraction=0.9)
-    for name, value in (
-        ("dropout", 1.0), ("gradient", "exact"), ("phantom_damping", 0.0), ("slope", -1.0), ("activation", "gelu"),
-        ("residual", 1.5), ("fusion", -0.1), ("norm_cap", 0.0), ("tol", 2.0), ("expansion", 0), ("channels", ()),
-    ):  # fmt: skip
-        with pytest.raises(eq.OptionError, match=name):
-            make(3, 8, 10, **{"channels": (8, 16), name: value})
-    with pytest.raises(eq.OptionError, match="preset"):
-        make.preset("huge", 3, 32, 10)  # type: ignore[arg-type]
-
-
-def test_bad_images_are_refused() -> None:
-    model = small(torch.float32)
-    for wrong in (torch.randn(2, 3, 8, 8), torch.randn(2, 2, 8, 9), torch.randn(2, 8, 8), torch.randn(2, 128)):
-        with pytest.raises(eq.InputError, match=r"\(batch, 2, 8, 8\)"):
-            model(wrong)
-        with pytest.raises(eq.InputError, match=r"\(batch, 2, 8, 8\)"):
-            model.solve(wrong)
-    with pytest.raises(eq.InputError, match="floats"):
-        model(torch.ones(1, 2, 8, 8, dtype=torch.int64))
-    with pytest.raises(eq.InputError, match="NaN"):
-        model(torch.full((1, 2, 8, 8), math.nan))
-    assert model(torch.zeros(0, 2, 8, 8)).shape == (0, 3)
-    assert model.solve(torch.zeros(0, 2, 8, 8)).value.shape == (0, 384)
-
-
-def test_a_batch_that_does_not_fit_says_what_it_needs() -> None:
-    model = small(torch.float32)
-    with pytest.raises(eq.InputError, match=r"GiB.*at most about \d+ images"):
-        model(torch.zeros(1, 1, 1, 1).expand(10**9, 2, 8, 8))
-    training, evaluation = (memory_needed(PUBLISHED, 128, 4, eq.Picard(), graph) for graph in (True, False))
-    assert 2**30 < training < 2**34
-    assert evaluation < training
-
-
-def test_the_plain_network_trains_and_promises_nothing() -> None:
-    torch.manual_seed(0)
-    model = eq.MDEQ(
-        2,
-        8,
-        3,
-        (4, 8),
-        groups=2,
-        post_groups=2,
-        expansion=2,
-        head_channels=8,
-        solver=eq.Anderson(safeguard=False, max_steps=8),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", eq.ConvergenceWarning)
-        model(images(4, torch.float32)).sum().backward()
-        found = eq.certify(model.eval(), inputs=images(2, torch.float32))
-    assert model.tally.samples == 4
-    assert model.tally.evaluations <= 32
-    assert not found.certified
-    assert found.contraction is None
-    assert found.verdict in ("converged", "diverged")
-
-
-@pytest.mark.parametrize("name", ["tiny", "small", "published"])
-def test_presets_are_of_equal_size(name: Any) -> None:
-    with torch.device("meta"):
-        one, other = (kind.preset(name, 3, 32, 10) for kind in (eq.LipschitzMDEQ, eq.MDEQ))
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (one, other)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
-    assert (
-        split(torch.zeros(1, sum(math.prod(s) for s in one.plan.shapes)), one.plan.shapes)[0].shape[1:]
-        == one.plan.shapes[0]
-    )

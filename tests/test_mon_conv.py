@@ -236,7 +236,7 @@ def test_gradients_against_finite_differences(made: str) -> None:
     layer: Any = (
         single(1, (3, 2), activation=eq.Tanh(), learn_margin=True)
         if made == "single"
-        else tiered((1, 2), 2, activation=eq.Softplus())
+        else tiered((1, 1), 2, border=0, activation=eq.Softplus())
     )
     names = [name for name, _ in layer.named_parameters()]
 
@@ -250,14 +250,14 @@ def test_gradients_against_finite_differences(made: str) -> None:
 
 
 def test_gradients_are_those_of_the_unrolled_iteration() -> None:
-    layer = tiered((1, 2), 4)
-    x = torch.randn(2, 2, 4, 4, dtype=F64)
+    layer = tiered((1, 1), 2)
+    x = torch.randn(2, 2, 2, 2, dtype=F64)
     layer(x).square().sum().backward()
     implicit = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
     layer.zero_grad()
     operator, (q, _) = layer.operator, layer._inject(x)
     sigma, z = layer._sigma(q), torch.zeros_like(q)
-    for _ in range(600):
+    for _ in range(400):
         z = sigma(z + 0.05 * (operator.apply(z) + q - z))
     layer._leave(z, (0, 0)).square().sum().backward()
     for one, p in zip(implicit, [p for p in layer.parameters() if p.grad is not None], strict=True):
@@ -361,10 +361,10 @@ def network(multi: bool = False) -> nn.Sequential:
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_displacements_and_classes_per_input(multi: bool) -> None:
-    model, x = network(multi), torch.randn(20, 64)
+    model, x = network(multi), torch.randn(8, 64)
     wide = copy.deepcopy(model).double()
     shown = []
-    for bits in (2, 6, 12):
+    for bits in (2, 10):
         small = eq.quantize(model, eq.Structured(bits=bits, head_bits=16))
         certificate = eq.certify(small, model, x)
         assert certificate.displacement is not None
@@ -377,12 +377,12 @@ def test_displacements_and_classes_per_input(multi: bool) -> None:
         assert bool((moved <= certificate.displacement + value.error_bound + truth.error_bound + 1e-5).all())
         with torch.no_grad():
             same = other(x.double()).argmax(1) == wide(x.double()).argmax(1)
-        proved = torch.ones(20, dtype=torch.bool)
+        proved = torch.ones(len(x), dtype=torch.bool)
         proved[certificate.unproved] = False
         assert bool(same[proved].all())
         assert certificate.agreement == pytest.approx(float(proved.double().mean()))
         shown.append(float(certificate.displacement.max()))
-    assert shown[0] > shown[1] > shown[2] > 0
+    assert shown[0] > shown[1] > 0
     with pytest.raises(InputError):
         eq.certify(small, model, torch.randn(3, 65))
 
@@ -437,7 +437,7 @@ def test_it_trains(multi: bool) -> None:
     x = torch.rand(64, 64)
     y = (x[:, :32].mean(1) > x[:, 32:].mean(1)).long()
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
-    for _ in range(80):
+    for _ in range(60):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()

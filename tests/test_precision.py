@@ -11,9 +11,9 @@ import torch
 from equipoise.operators.base import product_rounding
 
 SWITCHES = {
-    "torch.set_float32_matmul_precision('high')": 2.0**-10,
-    "torch.set_float32_matmul_precision('medium')": 2.0**-7,
-    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'": 2.0**-7,
+    "torch.set_float32_matmul_precision('high')": 2.0**-9,
+    "torch.set_float32_matmul_precision('medium')": 2.0**-6,
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'": 2.0**-6,
 }
 
 

@@ -140,8 +140,12 @@ def _multiscale(
     if reference is not None and theirs is None:
         raise StructureError(f"the reference has no {type(found[1]).__name__}: not the same network")
     if inputs is not None:
+        _check_tensor(inputs)
         for module in found[0]:
-            inputs = moved.evaluated(module, inputs)
+            try:
+                inputs = moved.evaluated(module, inputs)
+            except RuntimeError as error:
+                raise InputError(f"module {module} does not take {tuple(inputs.shape)}") from error
     return multiscale_certificate(found[1], None if theirs is None else theirs[1], inputs, tol)
 
 
@@ -265,13 +269,17 @@ def _check_weights(network: nn.Module | None) -> None:
         check_finite(tensor, name)
 
 
-def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
+def _check_tensor(inputs: Tensor) -> None:
     if not isinstance(inputs, Tensor) or inputs.ndim < 2 or not inputs.is_floating_point():
         given = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise InputError(f"inputs are {given}; a floating-point tensor (batch, …) is needed")
     bad = int((~torch.isfinite(inputs)).sum())
     if bad:
         raise InputError(f"inputs hold {bad} NaN or infinite entries; nothing is proved about those")
+
+
+def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
+    _check_tensor(inputs)
     probe = torch.zeros(2, *inputs.shape[1:], dtype=torch.float64, device="cpu")
     for name, module in _seen_per_input(model):
         shape = (len(inputs), *probe.shape[1:])

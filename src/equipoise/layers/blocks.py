@@ -126,7 +126,8 @@ class CappedConv2d(nn.Module):
         value = kernel.weight.new_tensor(kept["sigma"])
         if torch.is_grad_enabled() and kernel.weight.requires_grad and value > 0:
             estimate = kernel.estimate()
-            return value + (estimate - estimate.detach())
+            if bool(torch.isfinite(estimate.detach())):  # its squares may overflow
+                return value + (estimate - estimate.detach())
         return value
 
     def _norm(self, kernel: Tensor, kept: dict[Any, Any]) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..activations import Activation, as_activation
 from ..errors import InputError, OptionError
@@ -14,6 +15,7 @@ from ..implicit import attach, equilibrate, report_failures
 from ..norms import WeightedMax
 from ..operators import MonotoneOperator
 from ..operators.base import product_rounding
+from ..operators.grids import correlate
 from ..quantization.schemes import Scheme
 from ..solvers import Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
@@ -157,8 +159,10 @@ class ConvolutionalLayer(nn.Module, ABC):
             raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
         solver = self.solver if solver is None else check_solver(solver)
         with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-            q, size = self._inject(x)
+            q, size = self._inject(x, summed=True)
             operator, activation = self._operator_for(size), self._sigma(q)
+            if not len(q):
+                return Solution.empty(self._value(q, size))
             problem = Problem(operator, q, activation, self._injection_error(x, q, operator))
             found = solve(solver, problem, tuned(solver, operator, activation, q), tol, stop)
         proved, by_rows = operator.margin() > 0, isinstance(operator.family, WeightedMax)
@@ -170,8 +174,9 @@ class ConvolutionalLayer(nn.Module, ABC):
     def images(self, value: Tensor, x: Tensor) -> Tensor:
         """What the layer gives for ``x (B, c, H, W)``, from the ``value (B, n)`` of its solution."""
 
-    def _inject(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(U ∗ x + b as states, the injected images' (H, W)) after checking x."""
+    def _inject(self, x: Tensor, summed: bool = False) -> tuple[Tensor, tuple[int, int]]:
+        """(U ∗ x + b as states, the injected images' (H, W)) after checking x; ``summed``: by sums of products, whose
+        rounding :meth:`_injection_error` bounds."""
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.injection.in_channels:
             given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"the input is {given}; (batch, {self.injection.in_channels}, height, width) is needed")
@@ -179,10 +184,17 @@ class ConvolutionalLayer(nn.Module, ABC):
         if not x.is_floating_point() or dtype not in TOLERANCE:
             raise InputError(f"the input is {x.dtype}, the layer {dtype}; floats of 32 or 64 bits are needed")
         self._check_image(x)
-        q: Tensor = self.injection(x.to(dtype))
+        q: Tensor = self._summed_injection(x.to(dtype)) if summed else self.injection(x.to(dtype))
         if not bool(torch.isfinite(q.detach()).all()):
             raise InputError("U x + b holds NaN or infinite entries; clean the input (torch.isfinite) or the weights")
         return self._enter(q), (q.shape[2], q.shape[3])
+
+    def _summed_injection(self, x: Tensor) -> Tensor:
+        conv = self.injection
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        images = pad(x, (conv.kernel_size[0] // 2,) * 4, mode).permute(2, 3, 1, 0)
+        found = correlate(images, conv.weight, conv.stride[0]).permute(3, 2, 0, 1)
+        return found if conv.bias is None else found + conv.bias[:, None, None]
 
     def _injection_error(self, x: Tensor, q: Tensor, operator: MonotoneOperator) -> Tensor:
         """A bound on the rounding of U ∗ x + b: ``(B, 1)`` on every entry, or in the 2-norm ``(B,)``, as the operator's

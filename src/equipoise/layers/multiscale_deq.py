@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import verified
 from ..errors import InputError, OptionError
 from ..implicit import AdjointMap, attach_map, report_failures
 from ..quantization.schemes import Scheme
@@ -21,7 +20,7 @@ from .arguments import check_solver, check_tol, reached
 from .blocks import Multiscale, Plan, standardize
 from .linear import QuantizedLinear
 from .multiscale import Cell, CellMap, Shape, split
-from .multiscale_proofs import Evaluator, Head
+from .multiscale_proofs import Evaluator, Head, row_lengths
 from .room import check_room
 from .steps import VALUES, Average, Conv, Path, Pool, Slope
 
@@ -81,8 +80,8 @@ class MultiscaleDEQ(nn.Module, ABC):
                 raise OptionError(f"{name} is {value!r}; it is a positive integer")
         self.size = _pair(size)
         self.in_channels, self.classes, self.stem_stride = in_channels, classes, stem_stride
+        self.dropout = _share(dropout, "dropout", zero=True)  # which a plan may count in
         plan = make_plan(_shapes(channels, self.size, stem_stride))
-        self.dropout = _share(dropout, "dropout", zero=True)
         self.solver = _check_solver(solver)
         self.tol = check_tol(tol)
         self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
@@ -157,7 +156,7 @@ class MultiscaleDEQ(nn.Module, ABC):
 
     def equilibrium(self, x: Tensor) -> Tensor:
         """z* ``(B, n)``: all branches, each flattened with its channels last."""
-        self._check(x)
+        self.check(x)
         check_room(self.plan, len(x), self._like(), self.solver, torch.is_grad_enabled())
         with torch.autocast(x.device.type, enabled=False):
             injection = VALUES.along(self.inject(), x.to(self._like().dtype))
@@ -218,7 +217,7 @@ class MultiscaleDEQ(nn.Module, ABC):
             raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
         tol = self.tol if tol is None else check_tol(tol)
         solver = self.solver if solver is None else _check_solver(solver)
-        self._check(x)
+        self.check(x)
         check_room(self.plan, len(x), self._like(), solver, False)
         with torch.autocast(x.device.type, enabled=False):
             injection = VALUES.along(self.inject(), x.to(self._like().dtype))
@@ -232,13 +231,13 @@ class MultiscaleDEQ(nn.Module, ABC):
             def judge(part: MapProblem, w: Tensor) -> Verdict:
                 images = part.fixed_point.images  # type: ignore[attr-defined]
                 found = evaluator.gap(images, w)
-                size, infinite = verified.row_norms(found.image), torch.full_like(found.distance, math.inf)
+                size, infinite = row_lengths(found.image), torch.full_like(found.distance, math.inf)
                 bound, truncation = found.from_image(rate) if rate < 1 else (infinite, infinite)
                 value = found.image.to(w)
-                bound = bound + verified.row_norms(value.to("cpu", torch.float64) - found.image) * (1 + 1e-9)
+                bound = bound + row_lengths(value.to("cpu", torch.float64) - found.image) * (1 + 1e-9)
                 measure = found.distance if stop == "residual" else truncation
                 done = (measure <= tol * size) & torch.isfinite(size)
-                residual = torch.where(found.distance == 0, 0.0, found.distance / size)
+                residual = torch.where(found.distance == 0, 0.0, found.distance / size).nan_to_num(math.inf, math.inf)
                 columns = (t.to(w.device) for t in (residual, bound, truncation))
                 return Verdict(done.to(w.device), measure.to(w.device), (value, *columns))
 
@@ -295,7 +294,8 @@ class MultiscaleDEQ(nn.Module, ABC):
         weight: Tensor = first.weight
         return weight
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Raise :class:`InputError` unless ``x`` is a batch of the images that this network takes."""
         needed = (self.in_channels, *self.size)
         if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != needed:
             given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -6,6 +6,7 @@ For any w, whichever solver returned it, and a map that contracts by ρ < 1: ‖
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,7 +18,7 @@ from .. import verified
 from .multiscale import Cell
 from .steps import Conv, Path, Proved, Proving, Reading
 
-__all__ = ["Evaluator", "Gap", "Head"]
+__all__ = ["Evaluator", "Gap", "Head", "row_lengths"]
 
 ROWS = 64
 """Images evaluated at a time: float64 activations are large."""
@@ -60,10 +61,7 @@ class Evaluator:
             exact = torch.zeros(len(images), dtype=torch.float64)
             injection = Proving().along(self.stem, Proved(images, exact))
             image, error = self.cell.proved(points, injection)
-            parts.append((image, verified.row_norms(image - points) * SLACK, error))
-        if not parts:
-            none = torch.zeros(0, dtype=torch.float64)
-            return Gap(none.new_zeros(0, self.cell.features), none, none)
+            parts.append((image, row_lengths(image - points) * SLACK, error.nan_to_num(math.inf, math.inf)))
         return Gap(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -96,6 +94,12 @@ class Head:
         last = _bounded(tuple(step.to64() for step in self.total))
         value, bound = reading.along(last, Proved(total.value, (total.error + moved) * (1 + 1e-9)))
         return Proved(value.flatten(1), bound)
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """Upper bounds ``(B,)`` of the 2-norms of the rows of ``x (B, n)``, ``inf`` where a row is not finite."""
+    finite = torch.isfinite(x).all(1)
+    return torch.where(finite, verified.row_norms(torch.where(finite[:, None], x, 0.0)), math.inf)
 
 
 def _wide(path: Path) -> Path:

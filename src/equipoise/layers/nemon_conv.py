@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation, ReLU, as_activation
+from ..errors import InputError
 from ..operators import MonotoneOperator
 from ..operators.conv import ConvOperator
 from ..operators.kernels import StructuredKernel
@@ -102,7 +103,12 @@ class NEMONConv2d(ConvolutionalLayer):
         return self.operator_for(size)
 
     def _check_image(self, x: Tensor) -> None:
-        pass  # every size will do
+        reach = self.injection.kernel_size[0] // 2
+        if min(x.shape[2:]) < max(reach, 1):
+            raise InputError(
+                f"the images are {x.shape[2]}×{x.shape[3]}; U reaches {reach} pixels, so that both sides are "
+                f"{max(reach, 1)} or more: enlarge the images, or take a smaller kernel_size"
+            )
 
     def _leave(self, z: Tensor, size: tuple[int, int]) -> Tensor:
         return z.unflatten(1, (-1, *size))

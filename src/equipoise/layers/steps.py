@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d, group_norm, interpolate
+from torch.nn.functional import avg_pool2d, conv2d, interpolate
 
 from .. import verified
 
@@ -99,8 +99,8 @@ class Conv(Step):
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor:
         terms = self.kernel[0].numel() + 2
-        offset = 0.0 if self.bias is None else _length(self.bias[None]) * math.sqrt(y[0, 0].numel())
-        return verified.gamma(2 * terms) * (self._spread() * _length(x) + offset) + verified.TINY * y[0].numel() * terms
+        offset = 0.0 if self.bias is None else _length(self.bias[None]) * math.sqrt(_pixels(y))
+        return verified.gamma(2 * terms) * (self._spread() * _length(x) + offset) + verified.TINY * _entries(y) * terms
 
     def _spread(self) -> float:
         """‖ |K| ⋆ · ‖₂ at most: the norm of the kernel's absolute sums."""
@@ -128,9 +128,9 @@ class GroupMean(Step):
         return 1.0 if self.gamma is None else float(self.gamma.detach().double().abs().max())
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor:
-        terms = x[0].numel() // self.groups
-        offset = 0.0 if self.beta is None else _length(self.beta[None]) * math.sqrt(x[0, 0].numel())
-        return verified.gamma(terms + 32) * (4 * self.lipschitz() * _length(x) + offset) + verified.TINY * x[0].numel()
+        terms = _entries(x) // self.groups
+        offset = 0.0 if self.beta is None else _length(self.beta[None]) * math.sqrt(_pixels(x))
+        return verified.gamma(terms + 32) * (4 * self.lipschitz() * _length(x) + offset) + verified.TINY * _entries(x)
 
 
 @final
@@ -148,13 +148,14 @@ class Standardize(Step):
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float64:
-            return group_norm(x, self.groups, self.gamma, self.beta, EPS)
+            # torch.nn.functional's refuses a batch of one entry
+            return torch.group_norm(x, self.groups, self.gamma, self.beta, EPS)
         centred, scale = self._parts(x)
         normal = (centred / scale).reshape(x.shape)
         return normal * self.gamma[:, None, None] + self.beta[:, None, None]
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        grouped = x.reshape(len(x), self.groups, -1)
+        grouped = x.flatten(1).unflatten(1, (self.groups, -1))
         centred = grouped - grouped.mean(2, keepdim=True)
         return centred, (centred.square().mean(2, keepdim=True) + EPS).sqrt()
 
@@ -162,13 +163,13 @@ class Standardize(Step):
         return math.inf
 
     def gain(self, x: Tensor) -> Tensor:
-        rounding = verified.gamma(2 * x[0].numel() // self.groups + 32) * _length(x)
+        rounding = verified.gamma(2 * _entries(x) // self.groups + 32) * _length(x)
         narrowest = (self._parts(x)[1].amin((1, 2)) - rounding).clamp_min(math.sqrt(EPS)) * (1 - 1e-9)
         return 2 * float(self.gamma.detach().abs().max()) / narrowest * (1 + 1e-9)
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor:
-        terms = x[0].numel() // self.groups
-        offset = _length(self.beta[None]) * math.sqrt(x[0, 0].numel())
+        terms = _entries(x) // self.groups
+        offset = _length(self.beta[None]) * math.sqrt(_pixels(x))
         return verified.gamma(2 * terms + 64) * (4 * self.gain(x) * _length(x) + 4 * _length(y) + 4 * offset)
 
 
@@ -186,7 +187,7 @@ class Slope(Step):
         return self.slope
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor | float:
-        return verified.gamma(2) * _length(y) + verified.TINY * y[0].numel()
+        return verified.gamma(2) * _length(y) + verified.TINY * _entries(y)
 
 
 @final
@@ -206,7 +207,7 @@ class Sort(Step):
         return self.slope
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor | float:
-        return verified.gamma(2) * _length(y) + verified.TINY * y[0].numel()
+        return verified.gamma(2) * _length(y) + verified.TINY * _entries(y)
 
 
 @final
@@ -237,7 +238,7 @@ class Pool(Step):
         return verified.up(1.0 / self.factor)
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor | float:
-        return verified.gamma(self.factor**2 + 4) * _length(x) + verified.TINY * y[0].numel()
+        return verified.gamma(self.factor**2 + 4) * _length(x) + verified.TINY * _entries(y)
 
 
 @final
@@ -254,7 +255,7 @@ class Average(Step):
         return verified.up(1 / verified.down(math.sqrt(self.pixels)))
 
     def slip(self, x: Tensor, y: Tensor) -> Tensor | float:
-        return verified.gamma(x[0, 0].numel() + 4) * _length(x) + verified.TINY * x[0].numel()
+        return verified.gamma(_pixels(x) + 4) * _length(x) + verified.TINY * _entries(x)
 
 
 @final
@@ -270,6 +271,15 @@ class Mask(Step):
 
     def lipschitz(self) -> float:
         return verified.up(1 / verified.down(1 - self.probability)) if self.probability else 1.0
+
+
+def _entries(x: Tensor) -> int:
+    """Of an image of ``x (B, …)``, also where there is none."""
+    return math.prod(x.shape[1:])
+
+
+def _pixels(x: Tensor) -> int:
+    return math.prod(x.shape[2:])
 
 
 def _length(x: Tensor) -> Tensor:
@@ -361,4 +371,4 @@ class Proving(Reading[Proved]):
         value = VALUES.combine(weights, [x.value for x in xs])
         rounding = verified.gamma(2 * len(xs) + 2)
         error = sum((abs(w) * (x.error + rounding * _length(x.value)) for w, x in zip(weights, xs, strict=True)), 0.0)
-        return Proved(value, torch.as_tensor(error) * (1 + 1e-9) + verified.TINY * value[0].numel())
+        return Proved(value, torch.as_tensor(error) * (1 + 1e-9) + verified.TINY * _entries(value))

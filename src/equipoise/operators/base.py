@@ -179,13 +179,13 @@ def product_rounding(terms: int, like: Tensor) -> float:
 
 
 def _operand_rounding(device: torch.device) -> float:
-    """What torch may round the operands of a float32 product by before it multiplies them."""
+    """What torch may drop of the operands of a float32 product, which units may round or cut off."""
     try:
-        operand = {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)
+        operand = {"highest": 0.0, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
         if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-            operand = max(operand, 2.0**-11)
+            operand = max(operand, 2.0**-10)
     except RuntimeError:  # set by torch's newer switches, of which the older ones cannot tell
-        return 2.0**-8
+        return 2.0**-7
     return operand
 
 

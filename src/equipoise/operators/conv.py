@@ -16,6 +16,7 @@ from ..errors import InputError, StructureError
 from ..norms import WeightedMax
 from .base import MonotoneOperator, Product
 from .dense import TransposedOperator
+from .grids import circular
 
 __all__ = ["ConvOperator", "Doubt"]
 
@@ -95,6 +96,10 @@ class ConvOperator(MonotoneOperator):
     @property
     def terms(self) -> int:
         return self.weight[0].numel()
+
+    def summed(self, z: Tensor) -> Tensor:
+        found = circular(z.unflatten(1, (self.channels, *self.size)).permute(2, 3, 1, 0), self.weight.detach())
+        return found.permute(3, 2, 0, 1).flatten(1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weight,)

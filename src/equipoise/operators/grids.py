@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
 from .torus import Symbols, Torus, mix, torus
 
-__all__ = ["Geometry", "TierProduct", "blocked", "circular"]
+__all__ = ["Geometry", "TierProduct", "blocked", "circular", "correlate"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Geometry:
 
     def join(self, blocks: list[Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""
-        parts = [block.reshape(-1, block.shape[3]) for block in blocks]
+        parts = [block.flatten(0, 2) for block in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).mT
 
     def interior(self) -> Tensor:
@@ -121,14 +121,29 @@ def blocked(kernel: Tensor, rows: int, columns: int) -> Tensor:
     return found.permute(2, 5, 0, 3, 6, 1, 4, 7).reshape(rows**2 * outputs, columns**2 * inputs, span, span)
 
 
-def circular(images: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
-    """K ⋆ images ``(B, C, H, W)`` by plain sums, circular, whatever the sizes."""
-    reach = kernel.shape[2] // 2
-    if reach:
-        rows, columns = (torch.arange(-reach, n + reach, device=images.device) % n for n in images.shape[2:])
-        images = images[:, :, rows][:, :, :, columns]
-    with torch.backends.cudnn.flags(enabled=False):  # which may use other sums, and fewer bits
-        return conv2d(images, kernel, stride=stride)
+def correlate(images: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
+    """``y[n] = Σ_a K[a] x[stride · n + a]``, no padding: x ``(H, W, i, B)``, K ``(o, i, k, l)`` -> ``(H', W', o, B)``.
+
+    One matrix product per tap, so that every entry is a sum of its i·k·l products, in some order. That is what rounding
+    is proved of; ``conv2d`` may also go by Winograd's or Fourier's transform, and in fewer bits than products do.
+    """
+    (height, width, inputs, samples), (outputs, _, tall, wide) = images.shape, kernel.shape
+    rows, columns = (height - tall) // stride + 1, (width - wide) // stride + 1
+    channels = images.permute(2, 0, 1, 3)
+    y = images.new_zeros(outputs, rows * columns * samples)
+    for a in range(tall):
+        for b in range(wide):
+            seen = channels[:, a : a + stride * (rows - 1) + 1 : stride, b : b + stride * (columns - 1) + 1 : stride]
+            y = torch.addmm(y, kernel[:, :, a, b], seen.reshape(inputs, rows * columns * samples))
+    return y.view(outputs, rows, columns, samples).permute(1, 2, 0, 3)
+
+
+def circular(images: Tensor, kernel: Tensor) -> Tensor:
+    """K ⋆ images ``(H, W, i, B)`` on their torus by :func:`correlate`, whatever the sizes."""
+    for axis, reach in enumerate(n // 2 for n in kernel.shape[2:]):
+        size = images.shape[axis]
+        images = images.index_select(axis, torch.arange(-reach, size + reach, device=images.device) % size)
+    return correlate(images, kernel)
 
 
 class TierProduct:
@@ -159,7 +174,8 @@ class TierProduct:
         if (i, m) not in self._work:
             self._work = {key: value for key, value in self._work.items() if key[0] != i}
             size = 2 * self._torus(i).frequencies * m
-            self._work[i, m] = like.new_empty(size), like.new_empty(size)
+            with torch.inference_mode(False):  # kept, to be written to later outside of it as well
+                self._work[i, m] = like.new_empty(size), like.new_empty(size)
         return self._work[i, m]
 
     def __call__(self, x: Tensor, offset: Tensor | None = None, out: Tensor | None = None) -> Tensor:

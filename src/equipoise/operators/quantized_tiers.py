@@ -81,7 +81,7 @@ class QuantizedTiers(nn.Module, ABC):
         """C_i of the tiers."""
 
     @abstractmethod
-    def operator(self, geometry: Geometry, like: Tensor, derived: dict[Any, Any] | None = None) -> TierOperator:
+    def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
         """W̃ in the dtype and on the device of ``like``, its distance to what the codes define bounded."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -130,7 +130,7 @@ class StructuredTiers(QuantizedTiers):
     def channels(self) -> tuple[int, ...]:
         return tuple(A.shape[0] for A in self.A)  # type: ignore[index, misc]
 
-    def operator(self, geometry: Geometry, like: Tensor, derived: dict[Any, Any] | None = None) -> TierOperator:
+    def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
         margin, parts = float(self.margin), (self.A, self.K, self.down)
         exact: list[list[Tensor]] = [[t.dequantize().cpu() for t in ts] for ts in parts]  # type: ignore[operator]
         A, K, down = ([t.to(like.dtype).double() for t in ts] for ts in exact)  # as they are multiplied by
@@ -141,15 +141,14 @@ class StructuredTiers(QuantizedTiers):
             cast = kernel.to(like.dtype)
             slip = _forming(A[i], K[i], margin) + size(cast.double() - kernel)
             own.append(_lowered(cast, slip))
-        kernels = Kernels(*(tuple(t.to(like) for t in ts) for ts in (own, used.down, used.lift)))
-        apart = _distance(kernels, stored, [_forming(*pair, margin) for pair in zip(exact[0], exact[1], strict=True)])
+        forming = [_forming(*pair, margin) for pair in zip(exact[0], exact[1], strict=True)]
         for _ in range(8):  # what is proved falls short of what is true by a few roundings
-            operator = TierOperator(kernels, geometry, derived, (margin, apart))
+            kernels = Kernels(*(tuple(t.to(like) for t in ts) for ts in (own, used.down, used.lift)))
+            operator = TierOperator(kernels, geometry, floor=(margin, _distance(kernels, stored, forming)))
             short = margin - operator.margin()
             if short <= 0:
                 break
-            kernels = kernels._replace(own=tuple(_lowered(k.cpu(), short * 1.01).to(like) for k in kernels.own))
-            apart, derived = verified.up(apart + 3 * short), None
+            own = [_lowered(kernel, short * 1.01) for kernel in own]
         return operator
 
 
@@ -175,8 +174,8 @@ class AssembledTiers(QuantizedTiers):
         """K̃ in float64, on the CPU."""
         return self.codes.dequantize().cpu()
 
-    def operator(self, geometry: Geometry, like: Tensor, derived: dict[Any, Any] | None = None) -> TierOperator:
-        return _plain(self.kernel(), geometry, like, derived)
+    def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
+        return _plain(self.kernel(), geometry, like)
 
 
 class CompensatedTiers(QuantizedTiers):
@@ -232,8 +231,8 @@ class CompensatedTiers(QuantizedTiers):
         flat.scatter_(1, center, diagonal[:, None])
         return flat.view(channels, channels, self.kernel_size, self.kernel_size)
 
-    def operator(self, geometry: Geometry, like: Tensor, derived: dict[Any, Any] | None = None) -> TierOperator:
-        return _plain(self.kernel(), geometry, like, derived)
+    def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
+        return _plain(self.kernel(), geometry, like)
 
 
 TIERS: dict[type[Scheme], Any] = {Structured: StructuredTiers, Assembled: AssembledTiers, Compensated: CompensatedTiers}
@@ -274,11 +273,11 @@ def _kernel64(weights: MonotoneKernels) -> Tensor:
     return weights().own[0].detach().to("cpu", torch.float64)
 
 
-def _plain(kernel: Tensor, geometry: Geometry, like: Tensor, derived: dict[Any, Any] | None) -> TierOperator:
+def _plain(kernel: Tensor, geometry: Geometry, like: Tensor) -> TierOperator:
     """The operator of a stored ``kernel``, cast; what is proved holds of both."""
     cast = kernel.to(like.dtype)
     apart = verified.up(size(cast.double() - kernel) + verified.UNIT * size(kernel))
-    return TierOperator(Kernels((cast.to(like),)), geometry, derived, (-math.inf, apart))
+    return TierOperator(Kernels((cast.to(like),)), geometry, floor=(-math.inf, apart))
 
 
 def _forming(A: Tensor, K: Tensor, margin: float) -> float:

@@ -36,7 +36,7 @@ def contracts(F: Tensor, alpha: float, rho: float, error: float) -> bool:
     (ρ² + 1) α (F + Fᴴ) − (1 − ρ²)(I + α² FᴴF) ⪰ 0."""
     length = float(torch.linalg.vector_norm(F.flatten(1), dim=1).max()) * (1 + 1e-12)
     error = error + 2 * verified.UNIT * length
-    less, more = 1 - rho * rho, (1 + rho * rho) * alpha
+    less, more = (1 - rho) * (1 + rho), (1 + rho * rho) * alpha
     Q = F * (2 * more) - (F.mH @ F) * (less * alpha**2)  # of which the Hermitian part counts
     Q.diagonal(dim1=1, dim2=2).sub_(less)
     moved = 2 * more * error + less * alpha**2 * (2 * length + error) * error

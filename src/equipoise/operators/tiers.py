@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import verified
 from ..errors import InputError
@@ -102,9 +101,13 @@ class TierOperator(MonotoneOperator):
             D[i] = D[i][0] - re, D[i][1] - im
         return D, S, A
 
+    def _known(self) -> Kernels:
+        """The kernels' values, without their graph."""
+        return Kernels.of(tuple(t.detach() for t in self.kernels.flat()))
+
     def _known_symbols(self) -> tuple[list[Symbols], list[Symbols], list[Symbols]]:
         """:meth:`_symbols` of the kernels' values."""
-        return self.once("symbols", lambda: self._symbols(Kernels.of(tuple(t.detach() for t in self.kernels.flat()))))
+        return self.once("symbols", lambda: self._symbols(self._known()))
 
     def _product(self, symbols: tuple[list[Symbols], list[Symbols], list[Symbols]], reverse: bool) -> TierProduct:
         D, S, A = symbols
@@ -131,23 +134,17 @@ class TierOperator(MonotoneOperator):
         return self._kept_product(reverse)(z)
 
     def summed(self, z: Tensor) -> Tensor:
-        tiers, split = self.geometry.tiers, self.geometry.split(z)
-        images = [self.geometry.to_images(blocks, i).permute(3, 2, 0, 1) for i, blocks in enumerate(split)]
+        own, down, lift = self.once("blocks", lambda: self._blocks(self._known()))
         sent: Tensor | None = None
         found = []
-        for i, image in enumerate(images):
-            y = circular(image, self.kernels.own[i])
+        for i, blocks in enumerate(self.geometry.split(z)):
+            y = circular(blocks, own[i])
             if sent is not None:
-                y = y - 2 * circular(sent, transpose(self.kernels.lift[i - 1]))
-            if i < tiers - 1:
-                t = circular(image, self.kernels.down[i], 2)
-                # the transpose of a stride: zeros between the pixels
-                spread = t.new_zeros(*t.shape[:2], *self.geometry.sizes[i])
-                spread[:, :, ::2, ::2] = t
-                y = y - circular(spread, transpose(self.kernels.down[i]))
-                start, (height, width) = self.geometry.border // 2, self.geometry.sizes[i + 1]
-                sent = pad(t, (start, width - start - t.shape[3], start, height - start - t.shape[2]))
-            found.append(self.geometry.to_blocks(y.permute(2, 3, 1, 0), i))
+                y = y - 2 * circular(sent, transpose(lift[i - 1]))
+            if i < len(down):
+                t = circular(blocks, down[i])
+                y, sent = y - circular(t, transpose(down[i])), self.geometry.place(t, i)
+            found.append(y)
         return self.geometry.join(found)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -156,23 +153,22 @@ class TierOperator(MonotoneOperator):
     def pullback(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            tensors = self.tensors() if again else tuple(t.detach().requires_grad_() for t in self.tensors())
+            # z may depend on the kernels, too: only what leads through these copies is asked for
+            tensors = tuple(t.view_as(t) if again else t.detach().requires_grad_() for t in self.tensors())
             image = self._product(self._symbols(Kernels.of(tensors)), False)(z)
-            return torch.autograd.grad(image, tensors, y, create_graph=again)
+            asked = tuple(t for t in tensors if t.requires_grad)
+            found = iter(torch.autograd.grad(image, asked, y, create_graph=again))
+            return tuple(next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors)
 
     # Constants
 
-    def _spectra(self) -> tuple[list[spectra.Spectrum], list[spectra.Spectrum], list[spectra.Spectrum]]:
+    def _spectra(self) -> tuple[list[spectra.Spectrum], ...]:
         """The symbols of own_i, down_i and lift_i in complex128, with their errors."""
 
-        def compute() -> tuple[list[spectra.Spectrum], list[spectra.Spectrum], list[spectra.Spectrum]]:
-            own, down, lift = self._blocks(self.kernels)
+        def compute() -> tuple[list[spectra.Spectrum], ...]:
             grids = [self.geometry.grid(i) for i in range(self.geometry.tiers)]
-            return (
-                [spectra.symbols(K.detach(), grid) for K, grid in zip(own, grids, strict=True)],
-                [spectra.symbols(K.detach(), grid) for K, grid in zip(down, grids[:-1], strict=True)],
-                [spectra.symbols(K.detach(), grid) for K, grid in zip(lift, grids[1:], strict=True)],
-            )
+            pairs = zip(self._blocks(self._known()), (grids, grids[:-1], grids[1:]), strict=True)
+            return tuple([spectra.symbols(K, at) for K, at in zip(Ks, over, strict=True)] for Ks, over in pairs)
 
         return self.once("spectra", compute)
 
@@ -224,15 +220,13 @@ class TierOperator(MonotoneOperator):
         """A bound of ‖W − W'‖₂ between what the numbers behind both define."""
         (_, down, lift), (_, others, lifts) = self._spectra(), other._spectra()
         pairs = [(self.diagonal(i), other.diagonal(i)) for i in range(self.geometry.tiers)]
-        blocks = torch.diag(
-            torch.tensor([spectra.norm(*bounds.difference(*pair)) for pair in pairs], dtype=torch.float64)
-        )
+        moved = [spectra.norm(*bounds.difference(*pair)) for pair in pairs]
+        blocks = torch.diag(torch.tensor(moved, dtype=torch.float64))
         for i in range(self.geometry.tiers - 1):
-            moved = (
-                spectra.norm(*bounds.difference(down[i], others[i])),
-                spectra.norm(*bounds.difference(lift[i], lifts[i])),
+            below, above = (
+                spectra.norm(*bounds.difference(*pair)) for pair in ((down[i], others[i]), (lift[i], lifts[i]))
             )
-            reach = 2 * (moved[1] * spectra.norm(*down[i]) + spectra.norm(*lifts[i]) * moved[0])
+            reach = 2 * (above * spectra.norm(*down[i]) + spectra.norm(*lifts[i]) * below)
             blocks[i + 1, i] = verified.up(reach * (1 + 1e-14))
         return verified.up(bounds.whole(blocks) + self.representation_error + other.representation_error)
 
@@ -306,7 +300,7 @@ class TierOperator(MonotoneOperator):
     def cayley_norm(self, alpha: float) -> float:
         def compute() -> float:
             if self.features <= SMALL:
-                return float(torch.linalg.matrix_norm(self.cayley(alpha), 2))
+                return _size(self.cayley(alpha))
             return self._power(self.cayley_product(alpha), self.transposed_cayley_product(alpha))
 
         return self.once(("cayley_norm", alpha), compute)
@@ -326,11 +320,10 @@ class TierOperator(MonotoneOperator):
         return self.once("best_alpha", self._minimise_cayley_norm)
 
     def _minimise_cayley_norm(self) -> float:
-        largest, smallest = self.lipschitz(), self.margin()
-        if largest == 0:
+        if (largest := self.lipschitz()) == 0:
             return 1.0
         low = 1 / largest
-        high = max(low, 1 / max(smallest, 1e-3 * largest))
+        high = max(low, 1 / max(self.margin(), 1e-3 * largest))
         if self.features <= SMALL:
             return golden_section(self.cayley_norm, low, high, 0.02)
         return golden_section(self._block_norm, low, high, 0.2)
@@ -355,9 +348,10 @@ class TierOperator(MonotoneOperator):
         m, L = self.margin(), self.lipschitz()
         if m <= 0:
             return None
-        square = 1 - 4 * alpha * m / (1 + 2 * alpha * m + (alpha * L) ** 2) * (1 - 1e-14)
+        reach = alpha * L
+        square = 1 - 4 * alpha * m / (1 + 2 * alpha * m + reach * reach) * (1 - 1e-14)
         closed = math.sqrt(max(square, 0.0)) * (1 + 1e-14) + 2.0**-52
-        if self.geometry.tiers == 1:
+        if self.geometry.tiers == 1 and max(alpha, reach) < 1e100:  # whose square is no overflow
             values, error = self.diagonal(0)
             error = verified.up(error + self.representation_error)
             F = -values
@@ -365,7 +359,7 @@ class TierOperator(MonotoneOperator):
             guess = self.cayley_norm(alpha)
             for slack in (1e-6, 1e-4, 1e-3, 1e-2, 3e-2):
                 rho = guess + slack * (1 - guess)
-                if rho >= closed:
+                if not rho < closed:
                     break
                 if bounds.contracts(F, alpha, rho, error):
                     return rho
@@ -374,7 +368,9 @@ class TierOperator(MonotoneOperator):
     def forward_bound(self, alpha: float) -> float | None:
         """A proved bound of ‖(1 − α) I + αW‖₂ below 1, or None: √(1 − 2αm + α²L²), or of one tier by its symbols."""
         m, L = self.margin(), self.lipschitz()
-        found = math.sqrt(max(1 - 2 * alpha * m + (alpha * L) ** 2, 0.0)) * (1 + 1e-14) + 2.0**-52
+        reach = alpha * L
+        whole = 1 + 2 * alpha * m + reach * reach  # its terms cancel, their roundings do not
+        found = math.sqrt(max(1 - 2 * alpha * m + reach * reach, 0.0) + 2.0**-50 * whole) * (1 + 1e-14)
         if self.geometry.tiers == 1:
             values, error = self.diagonal(0)
             step = values * alpha
@@ -389,7 +385,7 @@ class TierOperator(MonotoneOperator):
             forward, back = self._kept_product(False), self._kept_product(True)
             if self.features <= SMALL:
                 eye = torch.eye(self.features, dtype=self._like.dtype, device=self._like.device)
-                return float(torch.linalg.matrix_norm((1 - alpha) * eye + alpha * forward(eye), 2))
+                return _size((1 - alpha) * eye + alpha * forward(eye))
             steps = (lambda x, W=W: W(x).mul_(alpha).add_(x, alpha=1 - alpha) for W in (forward, back))
             return self._power(*steps)
 
@@ -397,3 +393,8 @@ class TierOperator(MonotoneOperator):
 
     def transposed(self) -> TransposedOperator:
         return TransposedOperator(self)
+
+
+def _size(matrix: Tensor) -> float:
+    """Its 2-norm as computed; inf where it overflowed."""
+    return float(torch.linalg.matrix_norm(matrix, 2)) if bool(torch.isfinite(matrix).all()) else math.inf

@@ -53,7 +53,8 @@ class CappedKernel(nn.Module):
             self.advance()
             sigma = self.estimate()
         if isinstance(sigma, Tensor):
-            return self.weight * (self.cap / sigma).clamp(max=1.0)
+            scale = torch.where(sigma > self.cap, self.cap / sigma.clamp_min(self.cap), 1.0)  # no quotient by 0
+            return self.weight * scale
         return self.weight * min(1.0, self.cap / sigma) if sigma > 0 else self.weight
 
     def estimate(self) -> Tensor:

@@ -38,6 +38,12 @@ class Solution:
     error_bound: Tensor
     truncation: Tensor
 
+    @classmethod
+    def empty(cls, value: Tensor) -> Solution:
+        """Of no samples, ``value (0, n)``."""
+        none = value.new_zeros(0, dtype=torch.float64)
+        return cls(value, none.bool(), none.long(), none, none, none)
+
     def columns(self) -> tuple[Tensor, ...]:
         """All fields in order."""
         return self.value, self.converged, self.steps, self.residual, self.error_bound, self.truncation
@@ -100,10 +106,10 @@ def _by_rows(problem: Problem, w: Tensor, family: WeightedMax) -> Posterior:
     """
     operator: Any = problem.operator
     tiny, gamma = torch.finfo(w.dtype).tiny ** 0.5, product_rounding(2 * operator.terms + 8, w)
-    v = operator.apply(w).add_(problem.injection)
+    v = operator.summed(w).add_(problem.injection)
     p = problem.activation(v)
     e = w - p
-    moved = operator.apply(e).abs().double()
+    moved = operator.summed(e).abs().double()
     eta, margins, spread = (t.to(w.device) for t in (family.eta, operator.row_margins(), operator.row_norms()))
     weights = 1 / (eta * margins.clamp_min(0.0)) * (1 + 1e-15)
     size_w, gap_eta = ((t.double().abs() / eta).amax(1) * (1 + 1e-15) for t in (w, e))
