@@ -70,6 +70,11 @@ def test_a_batch_that_does_not_fit_says_what_it_needs() -> None:
     assert evaluation < training
 
 
+def test_images_that_no_memory_holds_are_refused_before_anything_is_made() -> None:
+    with pytest.raises(eq.InputError, match=r"a batch of 1 image needs about .*GiB.*smaller images"):
+        eq.LipschitzMDEQ.preset("tiny", 3, 2**17, 10)
+
+
 def test_the_plain_network_trains_and_promises_nothing() -> None:
     torch.manual_seed(0)
     model = eq.MDEQ(

@@ -83,6 +83,7 @@ class MultiscaleDEQ(nn.Module, ABC):
         self.dropout = _share(dropout, "dropout", zero=True)  # which a plan may count in
         plan = make_plan(_shapes(channels, self.size, stem_stride))
         self.solver = _check_solver(solver)
+        check_room(plan, 1, torch.empty(0), self.solver, False)
         self.tol = check_tol(tol)
         self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
         if gradient not in ("implicit", "one-step", "phantom"):

@@ -40,9 +40,9 @@ def check_room(plan: Plan, batch: int, like: torch.Tensor, solver: Solver, graph
     if needed > there:
         fits = max(int(batch * there / needed), 0)
         raise InputError(
-            f"a batch of {batch} images needs about {needed / 2**30:.1f} GiB beside the weights, and this "
+            f"a batch of {batch} {'image' if batch == 1 else 'images'} needs about {needed / 2**30:.1f} GiB beside the weights, and this "
             f"{like.device.type} has {there / 2**30:.1f}: "
-            + (f"at most about {fits} images at a time, or a smaller preset" if fits else "take a smaller preset")
+            + (f"at most about {fits} images at a time, or a smaller preset" if fits else "take a smaller preset, or smaller images")
         )
 
 
