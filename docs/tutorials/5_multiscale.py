@@ -29,7 +29,7 @@ print(f"{sum(p.numel() for p in model.parameters())} parameters on 8 × 8 and 4 
 
 # %%
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-for epoch in range(6):
+for _ in range(6):
     for rows in torch.randperm(len(train)).split(64):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(train[rows]), data.train.y[rows]).backward()
@@ -97,7 +97,9 @@ for bits in (8, 4, 2, 1):
     small = eq.quantize(model, eq.Structured(bits=bits))
     proof = eq.certify(small, reference=model, inputs=test[:50])
     moved = float((proof.displacement / torch.linalg.vector_norm(model.solve(test[:50]).value, dim=1)).median())
-    print(f"{bits:4d}  {proof.contraction:11.3f}  {eq.size(small):6d}  {accuracy(small):6.1f} %  {moved:.0%} of the answer")
+    print(
+        f"{bits:4d}  {proof.contraction:11.3f}  {eq.size(small):6d}  {accuracy(small):6.1f} %  {moved:.0%} of the answer"
+    )
     assert proof.certified
     assert proof.contraction <= 0.9
 #: bits  contraction  bytes   accuracy  moved, at most

@@ -39,10 +39,10 @@ def check_room(plan: Plan, batch: int, like: torch.Tensor, solver: Solver, graph
     needed, there = memory_needed(plan, batch, like.element_size(), solver, graph), _installed(like.device)
     if needed > there:
         fits = max(int(batch * there / needed), 0)
+        remedy = f"at most about {fits} images at a time, or a smaller preset" if fits else "a smaller preset or image"
         raise InputError(
-            f"a batch of {batch} {'image' if batch == 1 else 'images'} needs about {needed / 2**30:.1f} GiB beside the weights, and this "
-            f"{like.device.type} has {there / 2**30:.1f}: "
-            + (f"at most about {fits} images at a time, or a smaller preset" if fits else "take a smaller preset, or smaller images")
+            f"a batch of {batch} images of this size needs about {needed / 2**30:.1f} GiB beside the weights, and this "
+            f"{like.device.type} has {there / 2**30:.1f}: take {remedy}"
         )
 
 
