@@ -14,7 +14,7 @@ from torch import nn
 import equipoise as eq
 from equipoise.cli import main
 from equipoise.data import load_data
-from equipoise.demo import classifier
+from equipoise.presets import classifier
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.certificates import Certifier, displacement
+from equipoise.certificates.sides import DenseSide
 from equipoise.layers.chain import chain
 from equipoise.layers.linear import QuantizedLinear, quantize_linear
 from equipoise.quantization import QuantizedTensor
@@ -237,7 +238,7 @@ def test_equilibria_carry_every_error(n: int, d: int) -> None:
             for W in (matrix(n, 0.4, 1), matrix(n, 0.7, 2))
         )
         before, exact_q, exact_r = doubtful(d, 60 if n > 1 else 4000)
-        sides = [displacement.Side.of(side, side.operator) for side in (one, two)]
+        sides = [DenseSide.of(side, side.operator) for side in (one, two)]
         after = displacement.equilibrium_trace(*sides, before, {}, "")
         exact = [
             equilibrium(side.weight, a @ side.input_weight.mT + side.bias, activation).detach()

@@ -15,7 +15,7 @@ import equipoise as eq
 from command_line import Capsys, run, run_json, write_models
 from equipoise import _lightning, training
 from equipoise.data import Preprocessing, load_data
-from equipoise.demo import classifier
+from equipoise.presets import classifier
 
 
 @pytest.fixture(scope="module")

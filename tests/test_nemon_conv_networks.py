@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import equipoise as eq
 from command_line import Capsys, run, run_json
 from equipoise.data import load_data
-from equipoise.demo import PRESETS, Preset, convolutional
 from equipoise.errors import FileFormatError, OptionError, StructureError
 from equipoise.jobs import Job
 from equipoise.norms import WeightedMax
 from equipoise.operators.conv import ConvOperator
 from equipoise.operators.kernels import StructuredKernel
+from equipoise.presets import Sizes, convolutional, preset_of
 from equipoise.training import TrainingConfig, fit
 
 
@@ -156,17 +156,17 @@ def test_what_is_not_proved_is_refused_and_says_what_is() -> None:
 
 def test_presets_are_the_networks_they_say() -> None:
     data = load_data("digits")
-    published, small = (convolutional(data, PRESETS[name]) for name in ("published", "small"))
+    published, small = (preset_of("nemonconv", name).build(data, Sizes()) for name in ("published", "small"))
     assert published[1].channels == 81
     assert float(published[1].recurrent.gamma) == pytest.approx(0.1)
     assert published(data.test.x[:2]).shape == small(data.test.x[:2]).shape == (2, 10)
     with pytest.raises(OptionError, match="too small"):
-        convolutional(data, Preset(2, 8, 4, 1))
-    for options in ({"preset": "huge"}, {"preset": "small", "margin": 1.0}):
-        with pytest.raises(OptionError):
-            Job("digits", TrainingConfig(1), **options)  # type: ignore[arg-type]
+        convolutional(data, 2, stride=8, pool=4)
+    for options, says in (({"preset": "huge"}, "small, published"), ({"margin": 1.0}, "has none, but mondeq")):
+        with pytest.raises(OptionError, match=says):
+            Job("digits", TrainingConfig(1), model="nemonconv", **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="as floats"):
-        Job("digits", TrainingConfig(1), eq.Structured(bits=2), preset="small")
+        Job("digits", TrainingConfig(1), eq.Structured(bits=2), model="nemonconv")
 
 
 def test_the_command_trains_quantizes_and_certifies(tmp_path: Path, capsys: Capsys) -> None:
@@ -185,14 +185,14 @@ def test_the_command_trains_quantizes_and_certifies(tmp_path: Path, capsys: Caps
     data = load_data("digits")
     right = (eq.load(small)(data.test.x).argmax(1) == data.test.y).double().mean()
     assert abs(float(right) - found["accuracy_test"]) < 0.1
-    status, _, said = run(capsys, "train", "--preset", "small", "--out", tmp_path / "x.safetensors")
+    status, _, said = run(capsys, "train", "--gamma", "0.1", "--out", tmp_path / "x.safetensors")
     assert status == 2
-    assert "--model nemonconv" in said
+    assert "nemonconv" in said
 
 
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     data = load_data("digits")
-    whole, parts = (convolutional(data, PRESETS["small"], channels=3) for _ in range(2))
+    whole, parts = (convolutional(data, channels=3) for _ in range(2))
     config = TrainingConfig(2, 256)
     fit(whole, data, config, tmp_path / "whole", progress=False)
 
@@ -211,7 +211,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         fit(parts, data, config, tmp_path / "parts", progress=False)
     handle.remove()
-    again = convolutional(data, PRESETS["small"], channels=3)
+    again = convolutional(data, channels=3)
     fit(again, data, config, tmp_path / "parts", progress=False, resume=True)
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)

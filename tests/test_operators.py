@@ -18,8 +18,11 @@ from torch import Tensor
 import equipoise as eq
 from equipoise.errors import InputError, NotWellPosedError, OptionError
 from equipoise.operators import DenseOperator, MonotoneOperator
+from equipoise.operators.dense import TransposedOperator
+from equipoise.operators.grids import Geometry
 from equipoise.operators.quantized import QuantizedWeight, quantize_weight
-from equipoise.parametrizations import Dense, Monotone
+from equipoise.operators.tiers import TierOperator
+from equipoise.parametrizations import Dense, Kernels, Monotone, MonotoneKernels
 from problems import matrix, true_margin
 
 Build = Callable[[torch.dtype], MonotoneOperator]
@@ -57,6 +60,19 @@ def quantized(scheme: eq.Scheme, n: int = 7) -> Build:
     return lambda dtype: codes(scheme, n).operator(torch.zeros(1, dtype=dtype))
 
 
+def convolved(channels: int, size: tuple[int, int], kernel: int = 3) -> Build:
+    def build(dtype: torch.dtype) -> MonotoneOperator:
+        torch.manual_seed(channels)
+        weights = MonotoneKernels((channels,), kernel, margin=0.3).to(dtype)
+        with torch.no_grad():
+            weights.a[0].fill_(1.5)
+            return TierOperator(
+                Kernels.of(tuple(k.detach() for k in weights().flat())), Geometry((channels,), (size,), 0)
+            )
+
+    return build
+
+
 OPERATORS: dict[str, Build] = {
     "dense-1": dense(1, 0.3, 0),
     "dense-2": dense(2, 1.7, 1),
@@ -67,6 +83,10 @@ OPERATORS: dict[str, Build] = {
         matrix(4, 0.2, 5, gain=0.3).to(dtype) + 1.2 * torch.eye(4, dtype=dtype)
     ),
     "dense-large": lambda dtype: DenseOperator(matrix(6, 0.5, 4).to(dtype) * 1e3 - 1e4 * torch.eye(6, dtype=dtype)),
+    "mon-conv": convolved(2, (5, 6)),
+    "mon-conv-wide": convolved(1, (9, 9), 5),
+    "mon-conv-pixel": convolved(4, (1, 1), 1),
+    "transposed-mon-conv": lambda dtype: convolved(2, (5, 5))(dtype).transposed(),
     "transposed": lambda dtype: dense(5, 0.2, 2)(dtype).transposed(),
     "transposed-twice": lambda dtype: dense(5, 0.2, 2)(dtype).transposed().transposed(),
     "transposed-quantized": lambda dtype: quantized(eq.Structured(2))(dtype).transposed(),
@@ -98,8 +118,10 @@ def operator(build: Build, dtype: torch.dtype) -> MonotoneOperator:
 
 def applied(operator: MonotoneOperator) -> Tensor:
     """The matrix that products really use, read off column by column, in float64."""
+    if isinstance(operator, TransposedOperator):
+        return applied(operator.base).mT
     eye = torch.eye(operator.features, dtype=operator.tensors()[0].dtype)
-    return operator.apply(eye).mT.detach().double()
+    return operator.summed(eye).mT.detach().double()  # sums of one product each: nothing is rounded
 
 
 def shifted(W: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from command_line import Capsys, run_json
 from command_line import run as command
 from equipoise import reproduce
 from equipoise.data import Data, load_data
-from equipoise.demo import classifier
 from equipoise.errors import DataNotFoundError, FileFormatError, InputError, OptionError, OutputError
+from equipoise.presets import classifier
 from equipoise.reproduce import Outcome, Paper, Settings, run
 from equipoise.reproduce.journal import Journal, restored
 from equipoise.reproduce.li2026 import PAPER

@@ -13,7 +13,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.data import Data, load_data
-from equipoise.demo import classifier
+from equipoise.presets import classifier
 from equipoise.reproduce import Settings, run
 from equipoise.reproduce.li2026 import (
     PAPER,

@@ -15,7 +15,7 @@ import equipoise as eq
 from equipoise.activations import Activation
 from equipoise.errors import ConvergenceError, ConvergenceWarning, OptionError
 from equipoise.solvers import SOLVERS as REGISTRY
-from equipoise.solvers import loop
+from equipoise.solvers import problem
 from equipoise.solvers.accelerated import Accelerated
 from problems import equilibrium, matrix
 from test_solvers import SOLVERS, VARIANTS, layer_of, name
@@ -52,7 +52,7 @@ def test_a_large_batch_is_worked_off_in_chunks(monkeypatch: pytest.MonkeyPatch) 
     layer = layer_of(matrix(5, 0.4, 3), eq.ReLU())
     q = torch.randn(150, 5, dtype=torch.float64)
     whole = layer.solve(q, tol=1e-9)
-    monkeypatch.setattr(loop, "CHUNK", 1)
+    monkeypatch.setattr(problem, "CHUNK", 1)
     parts = layer.solve(q, tol=1e-9)
     for field in ("value", "converged", "steps", "error_bound"):
         torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-9, atol=1e-12)
@@ -212,11 +212,12 @@ def test_the_rule_that_was_asked_for_holds(solver: eq.Solver) -> None:
 
 
 def test_without_a_margin_only_the_residual_can_stop() -> None:
-    """W is triangular, so the answer is plain; its margin is 0.8 − 0.85 < 0."""
-    W = torch.tensor([[0.2, 1.7], [0.0, 0.2]], dtype=torch.float64)
+    """Both units are active, so the answer is plain; W has the margin 0.8 − 0.9 and the spectral abscissa
+    0.2 + √0.88 of its majorant, so no norm proves it."""
+    W = torch.tensor([[0.2, 2.2], [-0.4, 0.2]], dtype=torch.float64)
     layer = layer_of(W, eq.ReLU(), check=False)
     q = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
-    answer = torch.tensor([[(1 + 1.7 * 2 / 0.8) / 0.8, 2 / 0.8]], dtype=torch.float64)
+    answer = torch.tensor([[5.2 / 1.52, 1.2 / 1.52]], dtype=torch.float64)
     for solver in (eq.ForwardBackward(), eq.PeacemanRachford(), eq.Picard(), eq.Anderson()):
         solution = layer.solve(q, solver=solver, tol=1e-9, stop="residual")
         assert bool(solution.converged.all())

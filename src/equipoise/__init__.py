@@ -36,7 +36,8 @@ from .errors import (
 from .export import export
 from .files import load, save
 from .importers import import_model
-from .layers import NEMON, MonDEQ, NEMONConv2d
+from .layers import MDEQ, NEMON, LipschitzMDEQ, MonConv2d, MonDEQ, MultiTierMonDEQ, NEMONConv2d
+from .operators import conv_norm
 from .penalties import MarginPenalty
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
@@ -60,6 +61,7 @@ __version__ = _version("equipoise")
 
 __all__ = [
     "ELU",
+    "MDEQ",
     "NEMON",
     "Activation",
     "Anderson",
@@ -80,9 +82,12 @@ __all__ = [
     "InputError",
     "IterateFloor",
     "LeakyReLU",
+    "LipschitzMDEQ",
     "MarginPenalty",
     "MissingExtraError",
+    "MonConv2d",
     "MonDEQ",
+    "MultiTierMonDEQ",
     "NEMONConv2d",
     "NotWellPosedError",
     "OptionError",
@@ -107,6 +112,7 @@ __all__ = [
     "certified_classes",
     "certified_radius",
     "certify",
+    "conv_norm",
     "convert",
     "export",
     "import_model",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FileFormatError, OptionError, OutputError
-from .layers import NEMONConv2d
+from .layers.convolutional import ConvolutionalLayer
 from .layers.equilibrium import EquilibriumLayer
 from .layers.linear import PreparedLinear, QuantizedLinear
+from .layers.multiscale_deq import MultiscaleDEQ
 from .operators import PreparedWeight
 from .parametrizations import Contractive, ContractiveKernel, Monotone
 from .quantization.schemes import scheme_to_dict
@@ -61,16 +62,16 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+SIZES = ("in_features", "features", "in_channels", "channels", "image_size", "size", "border", "plan")
+OPTIONS = (*SIZES, "dropout", "gradient", "activation", "solver", "tol", "backward_tol", "training_tol")
+
+
 def _fields(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, EquilibriumLayer):
-        names = ("in_features", "features", "activation", "solver", "tol", "backward_tol")
-        values = {name: getattr(module, name) for name in names}
+    if isinstance(module, (EquilibriumLayer, ConvolutionalLayer, MultiscaleDEQ)):
+        values = {name: getattr(module, name) for name in OPTIONS if hasattr(module, name)}
         return {name: repr(v) if name in ("activation", "solver") else v for name, v in values.items()}
-    if isinstance(module, NEMONConv2d):
-        names = ("in_channels", "channels", "activation", "solver", "tol", "backward_tol")
-        values = {name: getattr(module, name) for name in names}
-        values |= {name: getattr(module.injection, name)[0] for name in ("kernel_size", "stride")}
-        return {name: repr(v) if name in ("activation", "solver") else v for name, v in values.items()}
+    if isinstance(module, nn.Conv2d):
+        return {"kernel_size": module.kernel_size[0], "stride": module.stride[0]}
     if isinstance(module, ContractiveKernel):
         return {"gamma": float(module.gamma)}
     if isinstance(module, nn.AvgPool2d):

@@ -8,25 +8,28 @@ from dataclasses import dataclass
 
 import torch
 
+from .augmentation import Augmentation
 from .data import Batches, Split
 from .errors import OptionError
 from .layers.arguments import check_tol
 from .penalties import MarginPenalty
 from .robust_loss import RobustLoss
 
-__all__ = ["TrainingConfig"]
+__all__ = ["PRECISIONS", "SCHEDULES", "TrainingConfig"]
 
+SCHEDULES = ("one-cycle", "cosine", "step", "constant")
+PRECISIONS = ("32", "bf16", "fp16")
 COURSELESS = ("accelerator", "devices", "nodes", "stop_on_lost_margin")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train: cross-entropy, fused Adam, one cycle of the learning rate over all steps.
+    """How to train: cross-entropy, fused Adam, the learning rate by a schedule over all steps.
 
     Args:
         epochs: passes over the training split.
         batch_size: samples per step, of all processes together.
-        learning_rate: the largest of the cycle.
+        learning_rate: the largest of the schedule.
         weight_decay: decoupled (AdamW), of matrices alone. It keeps ‖W‖ small, and with it the solver's steps and what
             rounding can do.
         tol: the equilibria's relative tolerance in training, where a layer has no ``training_tol`` of its own; None
@@ -36,6 +39,12 @@ class TrainingConfig:
         devices, nodes: processes on each machine, one per device, and machines. With more than one process in all,
             every one runs the script again (see :func:`fit`).
         stop_on_lost_margin: stop after an epoch that ends without a proved positive margin.
+        schedule: of the learning rate: "one-cycle" (up and down again), "cosine" (down to 0), "step" (a tenth after
+            every quarter of the steps), "constant".
+        augment: how the images of a batch are changed at random; see :class:`equipoise.augmentation.Augmentation`.
+        precision: "32", or on a GPU "bf16" or "fp16" for what stands around the equilibrium layers; these themselves
+            compute in the precision of their weights, or their tolerances would mean nothing.
+        channels_last: keep images with their channels last in memory, which tensor cores like.
         margin: what to drive the margin to; see :class:`equipoise.MarginPenalty`.
         robust: worst scores over boxes and a Lipschitz term in the loss; see :class:`equipoise.RobustLoss`.
 
@@ -52,6 +61,10 @@ class TrainingConfig:
     devices: int = 1
     nodes: int = 1
     stop_on_lost_margin: bool = False
+    schedule: str = "one-cycle"
+    augment: Augmentation | None = None
+    precision: str = "32"
+    channels_last: bool = False
     margin: MarginPenalty | None = None
     robust: RobustLoss | None = None
 
@@ -68,8 +81,14 @@ class TrainingConfig:
             check_tol(self.tol)
         if self.accelerator not in ("auto", "cpu", "cuda", "mps"):
             raise OptionError(f"accelerator={self.accelerator!r}: choose auto, cpu, cuda or mps")
-        if type(self.stop_on_lost_margin) is not bool:
-            raise OptionError(f"stop_on_lost_margin={self.stop_on_lost_margin!r}: give True or False")
+        for name in ("stop_on_lost_margin", "channels_last"):
+            if type(getattr(self, name)) is not bool:
+                raise OptionError(f"{name}={getattr(self, name)!r}: give True or False")
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
+        if self.augment is not None and not isinstance(self.augment, Augmentation):
+            raise OptionError(f"augment={self.augment!r}: give equipoise.augmentation.Augmentation(shift=…), or None")
         if self.margin is not None and not isinstance(self.margin, MarginPenalty):
             raise OptionError(f"margin={self.margin!r}: give equipoise.MarginPenalty(target=…), or None")
         if self.robust is not None and not isinstance(self.robust, RobustLoss):

@@ -25,11 +25,14 @@ from ._config import TrainingConfig
 from ._machines import anyone, together, total, world
 from .data import Batches, Preprocessing, Split
 from .errors import ConvergenceError, ConvergenceWarning, InputError, MissingExtraError, OptionError
-from .layers.chain import CONVOLUTIONAL, EQUILIBRIUM
+from .layers.convolutional import ConvolutionalLayer
+from .layers.equilibrium import EquilibriumLayer
+from .layers.multiscale_deq import MultiscaleDEQ
 
 # isort: split
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import TensorBoardLogger
 
 __all__ = ["Classifier", "Row", "largest_batch", "lost_margin", "placed", "quiet", "run"]
@@ -41,7 +44,8 @@ PROBED, PROBE_TOL = 256, 1e-4  # validation samples whose solver steps are count
 
 def largest_batch(model: nn.Module) -> int:
     """How many samples are evaluated at a time, so that their states fit into memory."""
-    return IMAGE_BATCH if any(isinstance(m, CONVOLUTIONAL) for m in model.modules()) else VALIDATION_BATCH
+    on_images = any(isinstance(m, (ConvolutionalLayer, MultiscaleDEQ)) for m in model.modules())
+    return IMAGE_BATCH if on_images else VALIDATION_BATCH
 
 
 def placed(split: Split, model: nn.Module) -> Split:
@@ -51,7 +55,7 @@ def placed(split: Split, model: nn.Module) -> Split:
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, fused Adam with decoupled weight decay, one cycle of the learning rate over all steps.
+    """Cross-entropy, fused Adam with decoupled weight decay, the learning rate by a schedule over all steps.
 
     One batch is one step, taken by hand: Lightning's closures and hooks around an automatic step cost up to
     half of a small network's step. Scores are kept and summed up once per epoch, so that no step waits for
@@ -95,9 +99,8 @@ class Classifier(LightningModule):
         rate, decay = self.config.learning_rate, self.config.weight_decay
         groups = [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
         adam = torch.optim.AdamW([group for group in groups if group["params"]], rate, fused=True)
-        # One more than there are: the schedule is stepped after the last one, too.
-        steps = cast(int, self.trainer.max_epochs) * len(self.train_batches) + 1
-        return [adam], [torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps)]
+        steps = cast(int, self.trainer.max_epochs) * len(self.train_batches)
+        return [adam], [_schedule(self.config.schedule, adam, rate, steps)]
 
     def train_dataloader(self) -> Any:
         self.train_batches.split = placed(self.train_batches.split, self.model)
@@ -115,7 +118,7 @@ class Classifier(LightningModule):
     def on_train_epoch_start(self) -> None:
         self.train_batches.set_epoch(self.current_epoch)
         for layer in self.model.modules():
-            if isinstance(layer, (*EQUILIBRIUM, *CONVOLUTIONAL)):
+            if isinstance(layer, (EquilibriumLayer, ConvolutionalLayer)):
                 layer.forget_tuning()
         entropy = self.config.seed, self.current_epoch, world()[0]  # each process drops units of its own
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
@@ -123,6 +126,10 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
+        if self.config.augment is not None:
+            assert self.preprocessing is not None
+            entropy = self.config.seed, self.current_epoch, batch_idx, world()[0]
+            x = self.config.augment(x, self.preprocessing, entropy)
         optimizer, schedule = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         penalty = self.config.margin
         if penalty is not None:
@@ -135,10 +142,11 @@ class Classifier(LightningModule):
             raise self._diverged() from error
         weight = self.train_batches.weight(batch_idx)
         loss = self._loss(x, y, scores, batch_idx) * weight
-        if penalty is not None:
-            loss = loss + penalty.penalty(self.model)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
+        with torch.autocast(x.device.type, enabled=False):  # gradients of equilibria are solved for in here
+            if penalty is not None:
+                loss = loss + penalty.penalty(self.model)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
         optimizer.step()
         schedule.step()
         if weight:
@@ -199,6 +207,7 @@ class Classifier(LightningModule):
         if self._scores:
             scores, y = (torch.cat(parts) for parts in zip(*self._scores, strict=True))
             self._scores.clear()
+            scores = scores.float() if scores.dtype.itemsize < 4 else scores  # mixed precision gives halves
             loss, hits = cross_entropy(scores, y, reduction="sum"), (scores.argmax(1) == y).sum()
             sums += torch.tensor([float(loss), float(hits), len(y)], dtype=torch.float64)
         loss_sum, right, count = total(sums).tolist()
@@ -209,6 +218,17 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["equipoise"]["history"])
+
+
+def _schedule(name: str, optimizer: torch.optim.Optimizer, rate: float, steps: int) -> Any:
+    """The learning rate over ``steps`` steps; see :class:`TrainingConfig`."""
+    schedules = torch.optim.lr_scheduler
+    if name == "one-cycle":  # one step more than there are: it is stepped after the last one, too
+        return schedules.OneCycleLR(optimizer, rate, total_steps=steps + 1)
+    if name == "cosine":
+        return schedules.CosineAnnealingLR(optimizer, steps)
+    quarters = sorted({steps // 4, steps // 2, 3 * steps // 4} - {0}) if name == "step" else []
+    return schedules.MultiStepLR(optimizer, quarters, gamma=0.1)
 
 
 def lost_margin(history: list[Row]) -> bool:
@@ -289,12 +309,14 @@ def _board(folder: Path) -> TensorBoardLogger:
 def _trainer(
     config: TrainingConfig, epochs: int, callbacks: list[Callback], logger: TensorBoardLogger | None
 ) -> Trainer:
+    precision: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(config.precision, "32-true")
     try:
-        return Trainer(
+        trainer = Trainer(
             max_epochs=epochs,
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.nodes,
+            precision=precision,
             strategy="ddp" if config.devices * config.nodes > 1 else "auto",
             logger=logger or False,
             callbacks=callbacks,
@@ -310,6 +332,9 @@ def _trainer(
         if config.devices * config.nodes > 1:
             asked += f" with devices={config.devices}, nodes={config.nodes}"
         raise OptionError(f"{asked} cannot be used here: {error}") from error
+    if config.precision != "32" and isinstance(trainer.accelerator, CPUAccelerator):
+        raise OptionError(f"precision={config.precision!r} is for GPUs, and this would train on a CPU: use '32'")
+    return trainer
 
 
 def _fit(trainer: Trainer, module: Classifier, start: Path | None) -> bool:

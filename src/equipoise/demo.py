@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from .certificates import certify
-from .data import Data, load_data
-from .errors import OptionError, OutputError
+from .data import load_data
+from .errors import OutputError
 from .files import save
 from .ladder import Ladder, Requirements
-from .layers import NEMON, MonDEQ, NEMONConv2d
 from .plan import build_ladder
+from .presets import classifier
 from .report import write_report
 from .report.terminal import waiting
 from .training import FitResult, TrainingConfig, fit
 
-__all__ = ["PRESETS", "DemoResult", "Preset", "classifier", "convolutional", "run_demo"]
+__all__ = ["DemoResult", "run_demo"]
 
 FEATURES, RANK, MARGIN = 64, 16, 0.2
 # Weight decay keeps ‖W‖ and the head small, and with them every bound of what rounding can do.
@@ -40,75 +40,6 @@ class DemoResult:
     ladder: Ladder
     training: FitResult
     files: dict[str, Path]
-
-
-def classifier(
-    data: Data,
-    features: int,
-    rank: int | None = None,
-    margin: float = 0.2,
-    seed: int = 0,
-    gamma: float | None = None,
-) -> nn.Sequential:
-    """``Sequential(MonDEQ(data.features, features), Linear(features, data.class_count))``, margin learned.
-
-    With ``gamma`` the layer is a NEMON of that measure, and rank and margin do not apply.
-    Weights are drawn from ``seed``; torch's global generator stays where it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer: nn.Module
-        if gamma is None:
-            layer = MonDEQ(data.features, features, rank=rank, margin=margin, learn_margin=True)
-        else:
-            layer = NEMON(data.features, features, gamma=gamma)
-        model = nn.Sequential(layer, nn.Linear(features, data.class_count))
-    model.preprocessing = data.preprocessing  # type: ignore[assignment]  # travels into files
-    return model
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A convolutional network: channels of its layer, stride of U, size of the pooling, and epochs to train it."""
-
-    channels: int
-    stride: int
-    pool: int
-    epochs: int
-
-
-PRESETS = {"small": Preset(32, 2, 2, 5), "published": Preset(81, 1, 4, 40)}
-"""``published``: as in the code of [JDPB21], which pads the images by one pixel first; γ = 0.1 is its default, too.
-``small`` trains on two cores in minutes."""
-
-GAMMA = 0.1
-
-
-def convolutional(
-    data: Data, preset: Preset, channels: int | None = None, seed: int = 0, gamma: float = GAMMA
-) -> nn.Sequential:
-    """``Sequential(Unflatten, NEMONConv2d, AvgPool2d, Flatten, Linear)`` on flat images, kernels of 3×3.
-
-    Weights are drawn from ``seed``; torch's global generator stays where it was.
-
-    Raises :class:`OptionError` where the images are smaller than stride times pooling.
-    """
-    height, width = data.preprocessing.input_shape[-2:]
-    inputs, channels = data.features // (height * width), preset.channels if channels is None else channels
-    sizes = [-(-side // preset.stride) // preset.pool for side in (height, width)]
-    if min(sizes) < 1:
-        raise OptionError(f"images of {height}×{width} are too small for stride {preset.stride}, pooling {preset.pool}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Unflatten(1, (inputs, height, width)),
-            NEMONConv2d(inputs, channels, 3, gamma, preset.stride),
-            nn.AvgPool2d(preset.pool),
-            nn.Flatten(),
-            nn.Linear(channels * sizes[0] * sizes[1], data.class_count),
-        )
-    model.preprocessing = data.preprocessing  # type: ignore[assignment]  # travels into files
-    return model
 
 
 def run_demo(

@@ -32,7 +32,8 @@ VERSION = 1
 KEY = "equipoise"
 """The metadata entry that tells our files; one alone, since their order in a file is not determined."""
 
-_MODELS = {kind: MODULES[kind] for kind in ("mondeq", "nemon", "nemon_conv", "sequential")}
+_KINDS = "mondeq", "nemon", "nemon_conv", "mon_conv", "multi_tier", "lipschitz_mdeq", "mdeq", "sequential"
+_MODELS = {kind: MODULES[kind] for kind in _KINDS}
 
 
 class SupportsJson(Protocol):

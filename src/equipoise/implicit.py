@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .activations import Activation, Linearized
-from .errors import ConvergenceError, ConvergenceWarning
-from .operators import MonotoneOperator
+from .errors import ConvergenceError, ConvergenceWarning, StructureError
+from .operators import FixedPointMap, MonotoneOperator
 from .solvers import Problem, Solver, Tuning, iterate
 from .solvers.loop import Habit
 
-__all__ = ["attach", "equilibrate", "report_failures"]
+__all__ = ["AdjointMap", "attach", "attach_map", "equilibrate", "report_failures"]
 
 Solve = Callable[[Problem], Tensor]
 """Problem -> w ``(B, n)``, an equilibrium to the tolerance of its maker."""
@@ -108,7 +108,11 @@ class _Implicit(torch.autograd.Function):
                 v = operator.apply(z) + q
             slope = ctx.activation.derivative(v) if slopes is None else slopes
             adjoint = Linearized(slope.detach())
-            w = ctx.solve_adjoint(Problem(transposed, grad.detach().contiguous(), adjoint))
+            if again:
+                grad = grad.contiguous()
+            elif grad.stride() != v.stride():  # as its operator lays states out
+                grad = torch.empty_like(v).copy_(grad)
+            w = ctx.solve_adjoint(Problem(transposed, grad.detach(), adjoint))
             if again:
                 y = attach(grad, w, Linearized(slope), transposed, ctx.solve_adjoint)
             else:
@@ -118,3 +122,51 @@ class _Implicit(torch.autograd.Function):
                 grad_slopes = (transposed.apply(y) + grad) * v
             grads = operator.pullback(y, z) if any(ctx.needs_input_grad[6:]) else (None,) * len(operator.tensors())
         return y, grad_slopes, None, None, None, None, *grads
+
+
+class AdjointMap(FixedPointMap):
+    """y ↦ Jᵀ y + g, J the Jacobian at an equilibrium of a map z ↦ f(z): it contracts where f does, as fast.
+
+    ``image`` = f(``point``), both ``(B, n)``, is kept with its graph, and products with Jᵀ are asked of autograd.
+    """
+
+    def __init__(self, image: Tensor, point: Tensor, grad: Tensor, rows: Tensor | None = None) -> None:
+        self.image, self.at, self.grad, self.rows = image, point, grad, rows
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self.grad), self.grad.clone()
+
+    def __call__(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        whole = u if self.rows is None else torch.zeros_like(self.at).index_copy_(0, self.rows, u)
+        with torch.enable_grad():
+            (product,) = torch.autograd.grad(self.image, self.at, whole, retain_graph=True)
+        return (product if self.rows is None else product[self.rows]).add(self.grad)
+
+    def point(self, u: Tensor) -> Tensor:
+        return u
+
+    def select(self, rows: Tensor) -> AdjointMap:
+        kept = torch.arange(len(self.grad), device=self.grad.device) if self.rows is None else self.rows
+        return AdjointMap(self.image, self.at, self.grad[rows], kept[rows])
+
+
+def attach_map(image: Tensor, point: Tensor, solve_adjoint: Callable[[AdjointMap], Tensor]) -> Tensor:
+    """``image``, differentiable as the fixed point of z ↦ f(z) that it approximates.
+
+    ``image`` = f(``point``) ``(B, n)`` carries its graph, ``point`` is a leaf of it that requires a gradient. The
+    gradient g at the fixed point becomes the solution of y = Jᵀ y + g, and goes on along that graph to whatever else f
+    depends on. Second derivatives are not to be had: asking for them raises :class:`StructureError`.
+    """
+
+    def adjoint(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        if torch.is_grad_enabled():
+            raise StructureError("second derivatives through this equilibrium are not known; leave create_graph out")
+        with torch.autocast(grad.device.type, enabled=False):
+            return solve_adjoint(AdjointMap(image, point, grad.contiguous()))
+
+    result = image.view_as(image)
+    if result.requires_grad:
+        result.register_hook(adjoint)
+    return result

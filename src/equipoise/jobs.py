@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +11,19 @@ from typing import Any
 from torch import nn
 
 from .data import Data, load_data
-from .demo import GAMMA, PRESETS, classifier, convolutional
 from .errors import InputError, OptionError
 from .files import load
+from .layers import NEMON
 from .layers.chain import equilibrium_layers
 from .layers.linear import QuantizedLinear
 from .operators import QuantizedWeight
 from .parametrizations import Monotone
+from .presets import KINDS, Sizes, preset_of
 from .qat import convert, prepare_qat
 from .quantization.schemes import Scheme, scheme_to_dict
 from .training import FitResult, TrainingConfig, fit
 
 __all__ = ["Job", "Outcome"]
-
-FEATURES, MARGIN = 100, 1.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What to train on what: ``Sequential(MonDEQ(d, features), Linear(features, classes))`` or the float network in
-    the file ``start``, as floats or through ``scheme``.
+    """What to train on what: a new network of the kind ``model`` as its ``preset`` says (its first one where None; see
+    :data:`equipoise.presets.KINDS`), or the float network in the file ``start``; as floats or through ``scheme``.
 
-    ``features`` (100), ``rank`` (a quarter of them) and ``margin`` (1.0, learned from there) have their defaults where
-    they are None. With ``gamma`` the layer is a NEMON of that measure, without rank and margin.
-    With ``start`` they must be the file's where they are given. With ``preset`` ("small" or "published") the network is
-    convolutional, ``features`` are its channels, the preset's where None, and ``gamma`` is 0.1 where None.
+    ``features`` (channels of a convolutional layer), ``rank``, ``margin`` (to start from, it is learned) and ``gamma``
+    are the preset's where they are None. With ``start`` they must be the file's where they are given.
 
     Raises :class:`OptionError` for options that contradict each other.
     """
@@ -72,6 +70,7 @@ class Job:
     start: Path | None = None
     data_dir: Path | None = None
     gamma: float | None = None
+    model: str = "mondeq"
     preset: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,18 +80,28 @@ class Job:
             raise OptionError(
                 f"margin ratio {self.config.margin.ratio:g} needs a scheme: nothing is rounded without one"
             )
-        if self.preset is not None and self.preset not in PRESETS:
-            raise OptionError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
-        if self.preset is not None and self.scheme is not None:
-            raise OptionError("a convolutional network trains as floats: leave the scheme out, and quantize it after")
-        new = self.gamma is not None or self.preset is not None
-        if new and (self.rank, self.margin, self.start) != (None, None, None):
+        preset_of(self.model, self.preset)
+        kind = KINDS[self.model]
+        for name in self._sizes().given():
+            if name not in kind.sizes:
+                knowing = ", ".join(other for other, known in KINDS.items() if name in known.sizes)
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r}: a {self.model} has none, but {knowing}; leave it out"
+                )
+        if kind.images and self.scheme is not None:
+            raise OptionError(f"a {self.model} trains as floats: leave the scheme out, and quantize it after")
+        if self.start is not None and (kind.images or self.preset is not None):
             raise OptionError(
-                f"gamma={self.gamma!r}, preset={self.preset!r} make a new nemon: it has no rank, no margin and no "
-                "file to start from"
+                f"{self.start} holds a network, and model={self.model!r} makes a new one: name one of them"
             )
-        if self.start is not None and self.margin is not None:
-            raise OptionError(f"margin={self.margin!r}: the network in {self.start} has its own; leave it out")
+        for name in ("margin", "gamma") if self.start is not None else ():
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r}: the network in {self.start} has its own; leave it out"
+                )
+
+    def _sizes(self) -> Sizes:
+        return Sizes(self.features, self.rank, self.margin, self.gamma, self.config.seed)
 
     def scheme_fields(self) -> dict[str, Any]:
         """The scheme as JSON has it; ``scheme`` and ``bits`` are None for floats."""
@@ -103,16 +112,10 @@ class Job:
 
         Raises :class:`InputError` where the one in ``start`` does not fit, and what :func:`prepare_qat` raises.
         """
-        if self.preset is not None:
-            gamma = GAMMA if self.gamma is None else self.gamma
-            model: nn.Module = convolutional(data, PRESETS[self.preset], self.features, self.config.seed, gamma)
-        elif self.start is None:
-            features = FEATURES if self.features is None else self.features
-            rank = max(features // 4, 1) if self.rank is None else self.rank
-            margin = MARGIN if self.margin is None else self.margin
-            model = classifier(data, features, rank, margin, self.config.seed, self.gamma)
+        if self.start is not None:
+            model: nn.Module = self._loaded(self.start, data)
         else:
-            model = self._loaded(self.start, data)
+            model = preset_of(self.model, self.preset).build(data, self._sizes())
         return model if self.scheme is None else prepare_qat(model, self.scheme, self.learn_scale)
 
     def _loaded(self, path: Path, data: Data) -> nn.Module:
@@ -120,6 +123,8 @@ class Job:
         layers = [layer for _, layer in equilibrium_layers(model)]
         if any(isinstance(module, (QuantizedWeight, QuantizedLinear)) for module in model.modules()):
             raise InputError(f"the network in {path} holds codes: training starts from floats")
+        if self.model == "nemon" and not all(isinstance(layer, NEMON) for layer in layers):
+            raise InputError(f"the network in {path} is no nemon: leave the model out")
         for name, wanted in (("features", self.features), ("rank", self.rank)):
             for layer in layers:
                 found = layer.features if name == "features" else _rank(layer)
@@ -135,6 +140,16 @@ class Job:
             )
         return model
 
+    def _origin(self, model: nn.Module) -> dict[str, str | float | None]:
+        """What tells the weights before training from others: the margin, or of a file's network all it holds."""
+        if self.start is None:
+            return {"start_margin": self.margin}
+        content = hashlib.sha256()
+        for name, value in sorted(model.state_dict().items()):
+            content.update(name.encode())
+            content.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return {"start_network": content.hexdigest()}
+
     def run(
         self, folder: Path | None, resume: bool = False, progress: bool = True, network: nn.Module | None = None
     ) -> Outcome:
@@ -144,7 +159,7 @@ class Job:
         """
         data = load_data(self.data, self.data_dir)
         model = self.network(data) if network is None else network
-        result = fit(model, data, self.config, folder, progress, resume)
+        result = fit(model, data, self.config, folder, progress, resume, self._origin(model))
         done = self.scheme is not None and not result.interrupted
         return Outcome((convert(model) if done else model).eval(), result)
 

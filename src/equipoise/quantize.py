@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from .errors import InputError, OptionError, StructureError
 from .layers import NEMONConv2d
-from .layers.chain import any_layers, chain, final_head
+from .layers.blocks import CappedConv2d
+from .layers.chain import any_layers, chain, final_head, multiscale_of
 from .layers.linear import QuantizedLinear, quantize_linear
+from .layers.mon_conv import MonotoneConvolution
+from .layers.multiscale_deq import MultiscaleDEQ
 from .operators import QuantizedWeight, quantize_weight
+from .operators.contractive import UnfitSchemeError
 from .operators.kernels import StructuredKernel
-from .parametrizations import ContractiveKernel
+from .operators.quantized_tiers import QuantizedTiers, quantize_tiers
+from .parametrizations import ContractiveKernel, MonotoneKernels
+from .parametrizations.lipschitz import CappedKernel
 from .quantization.codes import QuantizedSkew, QuantizedTensor
-from .quantization.schemes import Scheme
+from .quantization.schemes import Assembled, Scheme, Structured
 
 __all__ = ["check_scheme", "quantize", "replace_head", "size"]
 
@@ -35,14 +41,16 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
     """
     check_scheme(scheme)
     result = copy.deepcopy(model)
+    if (multiscale := multiscale_of(result)) is not None:
+        _quantize_multiscale(multiscale[1], scheme)
+        return result
     layers = any_layers(result)
     for name, layer in {id(layer): (name, layer) for name, layer in layers}.values():  # one may appear twice
-        if isinstance(layer.recurrent, (QuantizedWeight, StructuredKernel)) or isinstance(
-            layer.injection, QuantizedLinear
-        ):
+        coded = isinstance(layer.recurrent, (QuantizedWeight, StructuredKernel, QuantizedTiers))
+        if coded or isinstance(layer.injection, QuantizedLinear):
             raise StructureError(f"layer {name!r} is quantized already; quantize the float model it came from")
-        if isinstance(layer, NEMONConv2d):
-            _quantize_kernel(layer, scheme)
+        if isinstance(layer, (NEMONConv2d, MonotoneConvolution)):
+            _quantize_kernels(layer, scheme)
             continue
         assert isinstance(layer.injection, nn.Linear)
         layer.recurrent = quantize_weight(layer.recurrent, scheme).to(layer.injection.weight.device)
@@ -52,16 +60,47 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
     return result
 
 
-def _quantize_kernel(layer: NEMONConv2d, scheme: Scheme) -> None:
-    """Codes for T; U and b stay floats."""
-    weights = layer.recurrent
-    assert isinstance(weights, ContractiveKernel)
-    if not all(bool(torch.isfinite(p).all()) for p in weights.parameters()):
-        raise InputError("the kernel holds NaN or infinite entries; nothing can be quantized or proved")
-    with torch.no_grad():
-        layer.recurrent = StructuredKernel.quantize(weights, scheme).to(layer.injection.weight.device)
+def _quantize_kernels(layer: NEMONConv2d | MonotoneConvolution, scheme: Scheme) -> None:
+    """Codes for the recurrent kernels; U and b stay floats."""
+    weights, like = layer.recurrent, layer.injection.weight.detach()
+    if isinstance(layer, MonotoneConvolution):
+        assert isinstance(weights, MonotoneKernels)
+        layer.recurrent = quantize_tiers(weights, scheme, layer.geometry, like).to(like.device)
+    else:
+        assert isinstance(weights, ContractiveKernel)
+        if not all(bool(torch.isfinite(p).all()) for p in weights.parameters()):
+            raise InputError("the kernel holds NaN or infinite entries; nothing can be quantized or proved")
+        with torch.no_grad():
+            layer.recurrent = StructuredKernel.quantize(weights, scheme).to(like.device)
     layer.scheme = scheme
     layer.forget_tuning()
+
+
+def _quantize_multiscale(model: MultiscaleDEQ, scheme: Scheme) -> None:
+    """Codes for every kernel of the map, and for the last linear module of the head; stem and the rest stay floats."""
+    kernels = [conv for conv in model.map.convs.values() if isinstance(conv, CappedConv2d)]
+    if not kernels:
+        raise StructureError(
+            f"a {type(model).__name__} has no guarantee that codes could keep; quantize a LipschitzMDEQ"
+        )
+    if model.scheme is not None:
+        raise StructureError("the model is quantized already; quantize the float model it came from")
+    if not isinstance(scheme, (Structured, Assembled)):
+        raise UnfitSchemeError(
+            f"{type(scheme).__name__} does not act on kernels: Structured keeps their caps, Assembled only rounds them"
+        )
+    for name in ("skew_bits", "input_bits", "bias_bits"):
+        if getattr(scheme, name, None) is not None:
+            raise OptionError(f"{name}={getattr(scheme, name)}: a multiscale network has no such part; leave it out")
+    for tensor in model.parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError("the model holds NaN or infinite weights; nothing can be quantized or proved")
+    for conv in kernels:
+        conv.quantize(scheme)
+    if scheme.head_bits is not None:
+        assert isinstance(model.linear, nn.Linear)
+        model.head["linear"] = quantize_linear(model.linear, scheme, scheme.head_bits, None)
+    model.scheme = scheme
 
 
 def check_scheme(scheme: Scheme) -> None:
@@ -92,11 +131,16 @@ def size(model: nn.Module) -> int:
 
     A module that appears twice in a chain counts once.
     """
+    multiscale = multiscale_of(model)
+    if multiscale is not None:
+        return _packed(multiscale[1])
     return sum(_packed(module) for module in {id(module): module for _, module in chain(model, images=True)}.values())
 
 
 def _packed(module: nn.Module) -> int:
     if isinstance(module, (QuantizedWeight, StructuredKernel, QuantizedTensor, QuantizedSkew)):
         return module.packed_bytes
+    if isinstance(module, CappedKernel):  # the power iteration's vector is training's
+        return module.weight.numel() * module.weight.element_size()
     own: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return sum(t.numel() * t.element_size() for t in own) + sum(_packed(child) for child in module.children())

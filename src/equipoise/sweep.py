@@ -182,7 +182,8 @@ def _planned(base: Job, schemes: Sequence[Scheme | None], seeds: Sequence[int], 
             name = f"{what}-seed{seed}"
             if name in planned:
                 raise OptionError(f"{name} is asked for twice: give each scheme, number of bits and seed once")
-            planned[name] = replace(base, scheme=scheme, config=replace(base.config, seed=seed))
+            learn = base.learn_scale and scheme is not None
+            planned[name] = replace(base, scheme=scheme, learn_scale=learn, config=replace(base.config, seed=seed))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / ".probe", force=True):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ from ._lightning import Classifier, Row, largest_batch, lost_margin, placed, run
 from ._machines import check_machines
 from .data import Batches, Data, Split
 from .errors import ConvergenceWarning, InputError
-from .layers.chain import CONVOLUTIONAL, EQUILIBRIUM
+from .layers.convolutional import ConvolutionalLayer
+from .layers.equilibrium import EquilibriumLayer
 from .penalties import proved
 
 __all__ = ["CHECKPOINT_NAME", "FitResult", "TrainingConfig", "evaluate", "fit"]
@@ -61,6 +63,7 @@ def fit(
     out_dir: str | Path | None = None,
     progress: bool = True,
     resume: bool = False,
+    origin: Mapping[str, str | float | None] | None = None,
 ) -> FitResult:
     """Train ``model``, which maps (B, data.features) to scores (B, data.class_count), in place.
 
@@ -68,7 +71,7 @@ def fit(
     the last whole epoch (the initial weights before the first one ends). ``resume`` continues from that file
     as if training had never stopped, to the last bit, also after ``kill -9``; where there is none, it starts at the
     beginning. After Ctrl-C the step under way is finished, the model keeps its weights, and the result says
-    ``interrupted``.
+    ``interrupted``. ``origin`` names what the weights come from: a run with another one is not resumed.
 
     With several ``config.devices`` or ``nodes`` Lightning runs the calling script again for each (so it must be a
     file, and has one such training), or torchrun does; every process comes here with the same arguments, takes its
@@ -85,7 +88,7 @@ def fit(
     check_machines(config.devices, config.nodes)
     _check_model(model, data)
     checkpoint = checkpoint_in(Path(out_dir), resume) if out_dir is not None else None
-    settings = flat({"data": data.name, **config.course(), "model": model_fields(model)}, "")
+    settings = flat({"data": data.name, **config.course(), "model": model_fields(model), **(origin or {})}, "")
     batches = Batches(data.train, config.batch_size, shuffle=True, seed=config.seed)
     module = Classifier(model, batches, data.validation, config, settings, data.preprocessing)
     resume = checkpoint is not None and checkpoint.exists()
@@ -95,18 +98,22 @@ def fit(
     if config.margin is not None and not resume:
         config.margin.project(model.eval())  # what has no margin may have no equilibria to learn from
     model.train()
+    if config.channels_last:
+        cast(Any, model).to(memory_format=torch.channels_last)
     try:
         with _coarse(model, config.tol):
             interrupted = run(module, len(known) if over else config.epochs, checkpoint, resume, progress)
     finally:
         model.to(device).train(was_training)  # Lightning leaves it on the CPU
+        if config.channels_last:
+            cast(Any, model).to(memory_format=torch.contiguous_format)
     return _result(model, data, config, module.history, interrupted, checkpoint)
 
 
 @contextlib.contextmanager
 def _coarse(model: nn.Module, tol: float | None) -> Iterator[None]:
     """With ``tol`` for the equilibrium layers that have no tolerance of their own for training."""
-    kinds = (*EQUILIBRIUM, *CONVOLUTIONAL)
+    kinds = (EquilibriumLayer, ConvolutionalLayer)
     layers = [m for m in model.modules() if isinstance(m, kinds) and m.training_tol is None]
     for layer in layers:
         layer.training_tol = tol

@@ -15,9 +15,11 @@ from ..errors import FileFormatError
 from ..layers import NEMON, EquilibriumLayer, MonDEQ, QuantizedLinear
 from ..parametrizations import Contractive, Dense, Monotone, Weighted
 from .images import IMAGES
+from .multiscale import MULTISCALE
 from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
 from .rows import ROW_WEIGHTS
 from .tensors import Fields, TensorReader, TensorWriter, plain
+from .tiers import TIERS
 from .weights import LINEAR, WEIGHTS, Codec, read_module, write_module
 
 __all__ = ["MODULES"]
@@ -129,6 +131,8 @@ MODULES = {
     "sequential": Codec(nn.Sequential, _write_sequential, _read_sequential),
     **LINEAR,
     **IMAGES,
+    **MULTISCALE,
+    **TIERS,
     "flatten": _stateless(nn.Flatten, "start_dim", "end_dim"),
     "identity": _stateless(nn.Identity),
     "dropout": _stateless(nn.Dropout, "p", "inplace"),

@@ -58,7 +58,7 @@ def read_solver(fields: Fields) -> Solver:
         raise FileFormatError(f"{fields.where}: {name} needs {', '.join(sorted(missing))}")
     if unknown := {*numbers, *on} - {field.name for field in known}:
         raise FileFormatError(f"{fields.where}: {name} has no option {', '.join(map(ascii, sorted(unknown)))}")
-    if numbers.get("on") is not None or any(type(v) not in (int, float, type(None)) for v in numbers.values()):
+    if numbers.get("on") is not None or any(type(v) not in (int, float, bool, type(None)) for v in numbers.values()):
         raise FileFormatError(f"{fields.where}: {name} takes numbers, and on a solver; got {numbers}")
     options: dict[str, Any] = {**numbers, **on}
     return STORED[name](**options)

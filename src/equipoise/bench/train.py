@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..data import Data
-from ..layers import MonDEQ
+from ..layers import MonConv2d, MonDEQ
 from ..qat import prepare_qat
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
 from ..solvers import PeacemanRachford
@@ -149,7 +149,7 @@ def saved_bytes(model: nn.Sequential, batch: Batch, steps: int) -> int:
     """Bytes that autograd keeps between the forward and the backward pass where the solver takes ``steps`` steps."""
     copied = copy.deepcopy(model)
     for module in copied:
-        if isinstance(module, MonDEQ):  # it never looks before its budget is spent
+        if isinstance(module, (MonDEQ, MonConv2d)):  # it never looks before its budget is spent
             module.solver, module.training_tol = PeacemanRachford(max_steps=steps, check_every=steps), 0.5
             module.tol = module.backward_tol = 0.5
     seen: dict[int, Tensor] = {}

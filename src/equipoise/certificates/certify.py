@@ -11,24 +11,28 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..errors import InputError, OptionError, StructureError
-from ..layers import NEMONConv2d
 from ..layers.arguments import check_finite
-from ..layers.chain import any_layers, chain, equilibrium_layers, final_head
+from ..layers.chain import any_layers, chain, final_head, multiscale_of
+from ..layers.convolutional import ConvolutionalLayer
 from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
+from ..layers.mon_conv import MonotoneConvolution
+from ..layers.multiscale_deq import MultiscaleDEQ
 from ..norms import Euclidean
 from ..operators import DenseOperator
 from ..quantization.schemes import scheme_to_dict
 from . import displacement as moved
 from .convergence import closed_rates, inexact_factor, solver_rate, steps_for
 from .convolutional import convolution_certificate
+from .multiscale import multiscale_certificate
+from .sides import SLACK, DenseSide, ImageSide, Side
 from .types import Certificate, Verdict, finite_or_none, weakest
 from .wellposed import fresh_operator, observe, perturbation
 
 __all__ = ["Certifier", "certify"]
 
-CHUNK = 4096
-"""Inputs worked on at a time."""
+CHUNK, ENTRIES = 4096, 2**24
+"""Inputs worked on at a time, and entries of their states: fewer inputs where there are more."""
 
 Pair = tuple[nn.Module, nn.Module]
 
@@ -80,15 +84,17 @@ def _certify(
 ) -> Certificate:
     if not 0 < tol < 1:
         raise OptionError(f"tol is {tol!r}; it is a factor between 0 and 1")
+    if (multiscale := multiscale_of(model)) is not None:
+        return _multiscale(model, multiscale, reference, inputs, tol)
     everything = any_layers(model)
     for name, layer in everything:
-        dtype = layer.injection.weight.dtype if isinstance(layer, NEMONConv2d) else layer.bias.dtype
+        dtype = layer.injection.weight.dtype if isinstance(layer, ConvolutionalLayer) else layer.bias.dtype
         if dtype not in (torch.float32, torch.float64):
             raise InputError(f"layer {name!r} is {dtype}; float32 or float64 is needed: model.float()")
     for network in (model, reference):
         _check_weights(network)
     if inputs is not None:
-        _check_inputs(model, inputs)  # which knows no images: of convolutional networks nothing is proved per input
+        _check_inputs(model, inputs)
     pairs = None if reference is None else _match(model, reference)
     fed_alike = {} if pairs is None else _fed_alike(model, pairs)
     proofs = {
@@ -97,11 +103,11 @@ def _certify(
             None if reference is None else fresh_operator(_counterpart(reference, name)),
         )
         for name, layer in everything
-        if not isinstance(layer, NEMONConv2d)
+        if not isinstance(layer, ConvolutionalLayer)
     }
     parts = {
         name: convolution_certificate(layer, _kernels_counterpart(reference, name), tol)
-        if isinstance(layer, NEMONConv2d)
+        if isinstance(layer, ConvolutionalLayer)
         else _layer_certificate(layer, proofs[name], reference, name, tol)
         for name, layer in everything
     }
@@ -112,10 +118,35 @@ def _certify(
         verdict: Verdict = "unknown" if inputs is None else observe(model, inputs)
         parts = {n: part if part.certified else replace(part, verdict=verdict) for n, part in parts.items()}
         summary = replace(summary, verdict=verdict)
-    elif inputs is not None and pairs is not None and _references_proved(proofs):
+    elif inputs is not None and pairs is not None:
         assert reference is not None
-        summary, parts = _with_inputs(summary, parts, model, reference, pairs, proofs, inputs, known)
+        sides = _sides(model, reference, proofs)
+        if all(side.operator.margin() > 0 for pair in sides.values() for side in pair):
+            summary, parts = _with_inputs(summary, parts, model, sides, pairs, inputs, known)
     return replace(summary, layers=tuple(parts.values()) if len(parts) > 1 else ())
+
+
+def _multiscale(
+    model: nn.Module,
+    found: tuple[list[nn.Module], MultiscaleDEQ],
+    reference: nn.Module | None,
+    inputs: Tensor | None,
+    tol: float,
+) -> Certificate:
+    """The certificate of a multiscale network, whose image shapes modules before it may give."""
+    for network in (model, reference):
+        _check_weights(network)
+    theirs = None if reference is None else multiscale_of(reference)
+    if reference is not None and theirs is None:
+        raise StructureError(f"the reference has no {type(found[1]).__name__}: not the same network")
+    if inputs is not None:
+        _check_tensor(inputs)
+        for module in found[0]:
+            try:
+                inputs = moved.evaluated(module, inputs)
+            except RuntimeError as error:
+                raise InputError(f"module {module} does not take {tuple(inputs.shape)}") from error
+    return multiscale_certificate(found[1], None if theirs is None else theirs[1], inputs, tol)
 
 
 def _layer_certificate(
@@ -179,7 +210,7 @@ def _fed_alike(model: nn.Module, pairs: list[Pair]) -> dict[str, bool]:
     """For each layer whether both networks surely give it the same input: nothing before it was changed."""
     found, alike = {}, True
     for (name, module), (_, other) in zip(chain(model, images=True), pairs, strict=True):
-        if isinstance(module, (EquilibriumLayer, NEMONConv2d)):
+        if isinstance(module, (EquilibriumLayer, ConvolutionalLayer)):
             found[name], alike = alike, False
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             alike = alike and _same_affine(module, other)
@@ -192,9 +223,9 @@ def _counterpart(reference: nn.Module, name: str) -> EquilibriumLayer:
     return module
 
 
-def _kernels_counterpart(reference: nn.Module | None, name: str) -> NEMONConv2d | None:
+def _kernels_counterpart(reference: nn.Module | None, name: str) -> ConvolutionalLayer | None:
     module = None if reference is None else reference.get_submodule(name)
-    assert module is None or isinstance(module, NEMONConv2d)
+    assert module is None or isinstance(module, ConvolutionalLayer)
     return module
 
 
@@ -208,7 +239,7 @@ def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
         here, there = _shape(module), _shape(other)
         if here != there:
             raise StructureError(f"module {name!r}: the model has {here}, the reference {there}")
-        kinds = EquilibriumLayer, NEMONConv2d
+        kinds = EquilibriumLayer, ConvolutionalLayer
         if isinstance(module, kinds) and isinstance(other, kinds) and module.activation != other.activation:
             raise StructureError(f"layer {name!r}: activation {module.activation}, in the reference {other.activation}")
     return [(module, other) for (_, module), (_, other) in zip(ours, theirs, strict=True)]
@@ -217,9 +248,11 @@ def _match(model: nn.Module, reference: nn.Module) -> list[Pair]:
 def _shape(module: nn.Module) -> str:
     if isinstance(module, EquilibriumLayer):
         return f"an equilibrium layer {module.in_features} -> {module.features}"
-    if isinstance(module, NEMONConv2d):
+    if isinstance(module, ConvolutionalLayer):
         stride, size = module.injection.stride[0], module.injection.kernel_size[0]
-        return f"a convolutional layer {module.in_channels} -> {module.channels}, {size}×{size}, stride {stride}"
+        of = f" on {module.geometry}" if isinstance(module, MonotoneConvolution) else f" -> {module.channels}"
+        kind = type(module).__name__
+        return f"a convolutional layer {kind} of {module.in_channels} channels{of}, {size}×{size}, stride {stride}"
     if isinstance(module, nn.Unflatten):
         return f"Unflatten({module.dim}, {module.unflattened_size})"
     if isinstance(module, (nn.Linear, QuantizedLinear)):
@@ -236,65 +269,98 @@ def _check_weights(network: nn.Module | None) -> None:
         check_finite(tensor, name)
 
 
-def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
+def _check_tensor(inputs: Tensor) -> None:
     if not isinstance(inputs, Tensor) or inputs.ndim < 2 or not inputs.is_floating_point():
         given = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise InputError(f"inputs are {given}; a floating-point tensor (batch, …) is needed")
     bad = int((~torch.isfinite(inputs)).sum())
     if bad:
         raise InputError(f"inputs hold {bad} NaN or infinite entries; nothing is proved about those")
+
+
+def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
+    _check_tensor(inputs)
     probe = torch.zeros(2, *inputs.shape[1:], dtype=torch.float64, device="cpu")
-    for name, module in chain(model):
+    for name, module in _seen_per_input(model):
         shape = (len(inputs), *probe.shape[1:])
         if isinstance(module, (EquilibriumLayer, nn.Linear, QuantizedLinear)):
             if probe.ndim != 2 or probe.shape[1] != module.in_features:
                 raise InputError(f"module {name!r} takes (batch, {module.in_features}); the inputs give it {shape}")
             probe = probe.new_zeros(2, module.features if isinstance(module, EquilibriumLayer) else module.out_features)
+        elif isinstance(module, MonotoneConvolution):
+            if probe.ndim != 4 or probe.shape[1] != module.in_channels:
+                raise InputError(f"module {name!r} takes (batch, {module.in_channels}, height, width), not {shape}")
+            module._check_image(probe)
+            states = sum(map(module.geometry.features, range(module.geometry.tiers)))
+            probe = module._leave(probe.new_zeros(states, 2).mT, (0, 0))
         else:
-            probe = moved.evaluated(module, probe)
+            try:
+                probe = moved.evaluated(module, probe)
+            except RuntimeError as error:
+                raise InputError(f"module {name!r}, {module}, does not take {shape}") from error
             if probe.ndim < 2 or len(probe) != 2:
                 raise InputError(f"module {name!r} does not keep the samples of inputs {tuple(inputs.shape)} apart")
 
 
-def _references_proved(proofs: dict[str, Proofs]) -> bool:
-    return all(pair.reference is not None and pair.reference.margin() > 0 for pair in proofs.values())
+def _seen_per_input(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of ``model``, where per input something is proved of all: not of convolutional NEMON layers, nor of
+    means that overlap."""
+    found = chain(model, images=all(isinstance(layer, MonotoneConvolution) for layer in _on_images(model)))
+    for name, module in found:
+        if isinstance(module, nn.AvgPool2d) and not moved.is_plain(module):
+            raise StructureError(f"{module} at {name!r}: per input, only AvgPool2d(k) with one size k alone is bounded")
+    return found
+
+
+def _on_images(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, ConvolutionalLayer)]
+
+
+def _sides(model: nn.Module, reference: nn.Module, proofs: dict[str, Proofs]) -> dict[str, tuple[Side, Side]]:
+    """Every layer of both networks in float64."""
+    found: dict[str, tuple[Side, Side]] = {}
+    for name, layer in any_layers(model):
+        if isinstance(layer, EquilibriumLayer):
+            pair = (layer, proofs[name].quantized), (_counterpart(reference, name), _required(proofs[name].reference))
+            found[name] = DenseSide.of(*pair[0]), DenseSide.of(*pair[1])
+        else:
+            other = _kernels_counterpart(reference, name)
+            assert isinstance(layer, MonotoneConvolution)
+            assert isinstance(other, MonotoneConvolution)
+            found[name] = ImageSide.of(layer), ImageSide.of(other)
+    return found
 
 
 def _with_inputs(
     summary: Certificate,
     parts: dict[str, Certificate],
     model: nn.Module,
-    reference: nn.Module,
+    sides: dict[str, tuple[Side, Side]],
     pairs: list[Pair],
-    proofs: dict[str, Proofs],
     inputs: Tensor,
     known: dict[str, Tensor],
 ) -> tuple[Certificate, dict[str, Certificate]]:
     """Bounds per input, chunk by chunk along the chain; ``known`` keeps the reference's equilibria."""
-    sides = {
-        name: (
-            moved.Side.of(layer, proofs[name].quantized),
-            moved.Side.of(_counterpart(reference, name), _required(proofs[name].reference)),
-        )
-        for name, layer in equilibrium_layers(model)
-    }
-    names = [name for name, _ in chain(model)]
-    head = final_head(model)
+    names = [name for name, _ in chain(model, images=True)]
+    head = final_head(model, images=True)
     collected: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in sides}
     agreed: list[Tensor] = []
-    for begin in range(0, max(len(inputs), 1), CHUNK):
-        trace = moved.start(inputs[begin : begin + CHUNK].detach().to("cpu", torch.float64))
+    chunk = max(64, min(CHUNK, ENTRIES // max(side.operator.features for pair in sides.values() for side in pair)))
+    for begin in range(0, max(len(inputs), 1), chunk):
+        trace = moved.start(inputs[begin : begin + chunk].detach().to("cpu", torch.float64))
         for name, (module, other) in zip(names, pairs, strict=True):
-            if isinstance(module, EquilibriumLayer):
+            if isinstance(module, (EquilibriumLayer, ConvolutionalLayer)):
                 trace = moved.equilibrium_trace(*sides[name], trace, known, f"{name} {begin}")
-                actual = verified.row_norms(trace.quantized - trace.reference)
-                error = (trace.error_q + trace.error_r) * moved.SLACK + actual * 1e-12
+                actual = verified.row_norms((trace.quantized - trace.reference).flatten(1))
+                error = (trace.error_q + trace.error_r) * SLACK + actual * 1e-12
                 collected[name].append((trace.displacement, actual, error))
             elif isinstance(module, (nn.Linear, QuantizedLinear)):
                 assert isinstance(other, (nn.Linear, QuantizedLinear))
                 if name == head:
                     agreed.append(moved.agreement(module, other, trace))
                 trace = moved.linear_trace(module, other, trace)
+            elif isinstance(module, nn.AvgPool2d):
+                trace = moved.pool_trace(module, trace)
             else:
                 trace = moved.lipschitz_one_trace(module, trace)
     results = {name: tuple(torch.cat(column) for column in zip(*rows, strict=True)) for name, rows in collected.items()}

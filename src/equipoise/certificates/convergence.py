@@ -11,6 +11,7 @@ from ..errors import NotWellPosedError, OptionError, StructureError
 from ..norms import WeightedMax
 from ..operators import DenseOperator
 from ..operators.conv import ConvOperator
+from ..operators.tiers import TierOperator
 from ..solvers import (
     DouglasRachford,
     ForwardBackward,
@@ -20,7 +21,7 @@ from ..solvers import (
     Tseng,
 )
 
-__all__ = ["closed_rates", "geometric_sum", "inexact_factor", "kernel_rate", "solver_rate", "steps_for"]
+__all__ = ["closed_rates", "geometric_sum", "inexact_factor", "kernel_rate", "solver_rate", "steps_for", "tier_rate"]
 
 SLACK = 1 + 2.0**-45
 """Covers the dozen roundings of a closed formula."""
@@ -74,12 +75,39 @@ def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, 
         step = alpha * matrix + (1 - alpha) * torch.eye(operator.features, dtype=torch.float64)
         forming = 4 * verified.UNIT * (alpha * operator.absolute_norm() + abs(1 - alpha)) * SLACK
         rate = verified.spectral_norm(step, verified.up(alpha * error * SLACK + forming))
-    elif isinstance(solver, Picard) and alpha <= 1:
-        rate = (1 - alpha + alpha * operator.norm()) * SLACK
-    elif isinstance(solver, Tseng) and operator.margin() > 0:
-        p, q = 1 - (alpha * operator.lipschitz()) ** 2 * SLACK, 2 * alpha * operator.margin()
-        rate = math.sqrt(max(1 - p * q / (p + q), 0.0)) * SLACK + 2.0**-50 if p > 0 else None
+    else:
+        rate = _by_constants(solver, alpha, operator)
     return alpha, rate if rate is not None and rate < 1 else None
+
+
+def tier_rate(solver: Solver, operator: TierOperator) -> tuple[float | None, float | None]:
+    """:func:`solver_rate` of a convolutional monDEQ, frequency by frequency where it has one tier."""
+    try:
+        alpha = solver.tune(operator).alpha
+    except (NotWellPosedError, OptionError):
+        return solver.alpha, None
+    rate: float | None = None
+    if operator.margin() <= 0:
+        pass
+    elif isinstance(solver, (PeacemanRachford, DouglasRachford)):
+        rate = operator.cayley_bound(alpha)
+        if rate is not None and isinstance(solver, DouglasRachford):
+            rate = verified.up((1 + rate) / 2)
+    elif isinstance(solver, ForwardBackward):
+        rate = operator.forward_bound(alpha)
+    else:
+        rate = _by_constants(solver, alpha, operator)
+    return alpha, rate if rate is not None and rate < 1 else None
+
+
+def _by_constants(solver: Solver, alpha: float, operator: DenseOperator | TierOperator) -> float | None:
+    """The factors of Picard and Tseng, from m, L and ‖W‖₂."""
+    if isinstance(solver, Picard) and alpha <= 1:
+        return (1 - alpha + alpha * operator.norm()) * SLACK
+    if isinstance(solver, Tseng) and operator.margin() > 0:
+        p, q = 1 - (alpha * operator.lipschitz()) ** 2 * SLACK, 2 * alpha * operator.margin()
+        return math.sqrt(max(1 - p * q / (p + q), 0.0)) * SLACK + 2.0**-50 if p > 0 else None
+    return None
 
 
 def rate_in_rows(solver: Solver, alpha: float, operator: DenseOperator | ConvOperator) -> float | None:

@@ -9,102 +9,41 @@ chain of modules the bounds of one layer are the input perturbations of the next
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..activations import Activation
 from ..errors import InputError
-from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
-from ..norms import Euclidean
-from ..operators import DenseOperator
-from ..solvers import PeacemanRachford, Problem, solve, tuned
-from .rows import Comparison
+from .sides import SLACK, Side
 
-__all__ = ["Side", "Trace", "agreement", "equilibrium_trace", "evaluated", "linear_trace", "lipschitz_one_trace"]
-
-SLACK = 1 + 1e-12
-"""Covers the additions and divisions of per-sample bounds, a few dozen roundings at most."""
-
-SOLVE_TOL = 1e-9
-
-
-@dataclass(frozen=True)
-class Side:
-    """One network's layer in float64: W with its proofs, U, b, and bounds on their own storage errors."""
-
-    operator: DenseOperator
-    activation: Activation
-    U: Tensor
-    b: Tensor
-    e_U: float
-    e_b: float
-    norm_U: float
-    spread_U: float
-
-    @classmethod
-    def of(cls, layer: EquilibriumLayer, operator: DenseOperator) -> Side:
-        """``operator``: the layer's proved one; the computations here use its exact matrix."""
-        matrix, error = operator.matrix64()
-        family, known = operator.family, dict(operator.shared_proofs())
-        wide = DenseOperator(matrix, exact=(matrix, error), family=family, derived=known)
-        assert isinstance(layer.injection, (nn.Linear, QuantizedLinear))
-        U, b, e_U, e_b = affine64(layer.injection)
-        norm, spread = verified.spectral_norm(U, e_U), verified.absolute_norm(U)
-        return cls(wide, layer.activation, U, b, e_U, e_b, norm, spread)
-
-    def find(self, q: Tensor) -> Tensor:
-        """The equilibrium at injections ``q (B, n)``, to solver tolerance."""
-        if not len(q):
-            return q
-        problem = Problem(self.operator, q, self.activation)
-        solver = PeacemanRachford()
-        with torch.no_grad():
-            return solve(solver, problem, tuned(solver, self.operator, self.activation, q), SOLVE_TOL, "bound").value
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether its guarantee is one of rows."""
-        return not isinstance(self.operator.family, Euclidean)
-
-    def inverse(self, r: Tensor) -> Tensor:
-        """Bounds ``(B, n)`` on |z − z'| where |(W z + q) − (W z' + q')| <= ``r (B, n)`` entry by entry."""
-        if self.by_rows:
-            return Comparison.of(self.operator).bound(r)
-        length = verified.row_norms(r) / self.operator.margin() * SLACK
-        return length[:, None].expand_as(r).clone()
-
-    def spread(self, delta: Tensor) -> Tensor:
-        """|W| δ for δ ``(B, n)`` >= 0, as a bound, storage included."""
-        absolute = self.operator.once("absolute", lambda: self.operator.matrix64()[0].abs())
-        stored = self.operator.representation_error * verified.row_norms(delta)
-        return (delta @ absolute.mT * (1 + verified.gamma(len(absolute) + 4)) + stored[:, None]) * SLACK
-
-    def rounding(self, w: Tensor, size_a: Tensor) -> Tensor:
-        """Bound ``(B,)`` on the error of the computed W w + U a + b, and on what storage leaves open."""
-        n, d = self.U.shape
-        gamma = verified.gamma(n + d + 8)
-        size_w = verified.row_norms(w)
-        products = self.operator.absolute_norm() * size_w + self.spread_U * size_a + float(self.b.norm()) * SLACK
-        stored = self.operator.representation_error * size_w + self.e_U * size_a + self.e_b
-        return (gamma * products + stored + verified.TINY * (n + d) ** 2) * SLACK
+__all__ = [
+    "Trace",
+    "agreement",
+    "equilibrium_trace",
+    "evaluated",
+    "is_plain",
+    "linear_trace",
+    "lipschitz_one_trace",
+    "pool_trace",
+    "scores",
+    "settled",
+]
 
 
 class Inputs:
     """The inputs ``a (B, d)`` of a layer, with their norms and what each side makes of them, computed once."""
 
     def __init__(self, a: Tensor) -> None:
-        self.a, self.size = a, verified.row_norms(a)
+        self.a, self.size = a, verified.row_norms(a.flatten(1))
         self._injected: dict[int, Tensor] = {}
 
     def through(self, side: Side) -> Tensor:
         """U a + b."""
         if id(side) not in self._injected:
-            self._injected[id(side)] = self.a @ side.U.mT + side.b
+            self._injected[id(side)] = side.through(self.a)
         return self._injected[id(side)]
 
 
@@ -144,7 +83,7 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
 
     ``a`` is here's computed input; ``doubt (B, 2)`` bounds its distance to here's and there's exact inputs.
     """
-    v = here.operator.apply(w) + a.through(here)
+    v = here.operator.summed(w) + a.through(here)
     if not bool(torch.isfinite(v).all()):
         raise InputError("W z + U x + b overflows float64 for some inputs; scale the inputs or the weights down")
     p = here.activation(v)
@@ -155,11 +94,11 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
 
     # the same network: W (w − p), with p's own evaluation error
     gap = w - p
-    own = verified.row_norms(here.operator.apply(gap)) + here.rounding(gap, torch.zeros_like(a.size))
+    own = verified.row_norms(here.operator.summed(gap)) + here.rounding(gap, torch.zeros_like(a.size))
     own = own + verified.UNIT * here.operator.norm() * verified.row_norms(gap)
     own = own + r + here.norm_U * doubt[:, 0] + here.operator.norm() * delta
     # the other network: v − (W' p + U' a + b'), for v as it was computed
-    moved = v - (there.operator.apply(p) + a.through(there))
+    moved = v - (there.operator.summed(p) + a.through(there))
     other = verified.row_norms(moved) * SLACK + there.rounding(p, a.size)
     other = other + there.norm_U * doubt[:, 1] + there.operator.norm() * delta
     return p, (own / m_here + delta) * SLACK, (other / m_there + delta) * SLACK
@@ -167,7 +106,7 @@ def _cross(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tupl
 
 def _cross_rows(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_cross` with bounds ``(B, n)`` entry by entry."""
-    v = here.operator.apply(w) + a.through(here)
+    v = here.operator.summed(w) + a.through(here)
     if not bool(torch.isfinite(v).all()):
         raise InputError("W z + U x + b overflows float64 for some inputs; scale the inputs or the weights down")
     p = here.activation(v)
@@ -177,8 +116,8 @@ def _cross_rows(here: Side, there: Side, w: Tensor, a: Inputs, doubt: Tensor) ->
     none = torch.zeros_like(a.size)
     slips = here.rounding(gap, none) + here.rounding(w, a.size) + here.norm_U * doubt[:, 0]
     slips = slips + verified.UNIT * here.operator.absolute_norm() * verified.row_norms(gap)
-    own = here.operator.apply(gap).abs() + slips[:, None] + here.spread(delta)
-    moved = (v - (there.operator.apply(p) + a.through(there))).abs() * SLACK
+    own = here.operator.summed(gap).abs() + slips[:, None] + here.spread(delta)
+    moved = (v - (there.operator.summed(p) + a.through(there))).abs() * SLACK
     other = there.rounding(p, a.size) + there.norm_U * doubt[:, 1]
     moved = moved + other[:, None] + there.spread(delta)
     return p, (here.inverse(own * SLACK) + delta) * SLACK, (there.inverse(moved * SLACK) + delta) * SLACK
@@ -203,7 +142,8 @@ def equilibrium_trace(quantized: Side, reference: Side, before: Trace, known: di
     p, own_q, to_r = _cross(quantized, reference, quantized.find(a_q.through(quantized)), a_q, at_q)
     p_r, own_r, to_q = _cross(reference, quantized, known[key], a_r, at_r)
     displacement = torch.minimum(to_r + own_q, to_q + own_r) * SLACK
-    return Trace(p, p_r, own_q, own_r, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
+    shown = quantized.leave(p), reference.leave(p_r)
+    return Trace(*shown, own_q, own_r, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
 
 
 def _trace_rows(from_q: tuple[Tensor, Tensor, Tensor], from_r: tuple[Tensor, Tensor, Tensor]) -> Trace:
@@ -213,6 +153,30 @@ def _trace_rows(from_q: tuple[Tensor, Tensor, Tensor], from_r: tuple[Tensor, Ten
     error_q, error_r = verified.row_norms(own_q), verified.row_norms(own_r)
     return Trace(
         p, p_r, error_q, error_r, verified.row_norms(displacement), verified.row_norms(entries.to_reference), entries
+    )
+
+
+def is_plain(pool: nn.AvgPool2d) -> bool:
+    """Whether it takes means over k × k pixels that do not overlap, and nothing else."""
+    options = (pool.padding, pool.ceil_mode, pool.divisor_override)
+    return isinstance(pool.kernel_size, int) and pool.stride == pool.kernel_size and options == (0, False, None)
+
+
+def pool_trace(module: nn.AvgPool2d, before: Trace) -> Trace:
+    """Through means over k × k pixels that do not overlap: a linear map of norm 1/k."""
+    k = int(module.kernel_size)  # type: ignore[arg-type]
+    outs = evaluated(module, before.quantized), evaluated(module, before.reference)
+    gamma = verified.gamma(k * k + 4)
+    slip_q, slip_r = (
+        gamma * verified.row_norms(a.flatten(1)) / k + verified.TINY * (out[:1].numel() + 1)
+        for a, out in zip((before.quantized, before.reference), outs, strict=True)
+    )
+    return Trace(
+        *outs,
+        (before.error_q / k + slip_q) * SLACK,
+        (before.error_r / k + slip_r) * SLACK,
+        before.displacement / k * SLACK,
+        (before.to_reference / k + slip_q) * SLACK,
     )
 
 
@@ -258,7 +222,7 @@ def softplus_fall(module: nn.Module) -> float:
 
 def lipschitz_one_trace(module: nn.Module, before: Trace) -> Trace:
     """Through a module without weights that is 1-Lipschitz, with few ulps of error; dropout is off."""
-    if isinstance(module, (nn.Dropout, nn.Flatten, nn.Identity)):  # nothing is computed
+    if isinstance(module, (nn.Dropout, nn.Flatten, nn.Identity, nn.Unflatten)):  # nothing is computed
         same = before.reference is before.quantized
         out = evaluated(module, before.quantized)
         return before._replace(quantized=out, reference=out if same else evaluated(module, before.reference))
@@ -285,21 +249,22 @@ def agreement(quantized: nn.Linear | QuantizedLinear, reference: nn.Linear | Qua
     where each network's own equilibrium, within its own error, settles the class under its own head.
     """
     p, entries = before.quantized, before.entries
-    top = _scores(reference, p).argmax(1)
+    top = scores(reference, p).argmax(1)
     if entries is None:
-        return _settled(reference, p, top, before.to_reference) & _settled(quantized, p, top, before.error_q)
-    moved = _settled(reference, p, top, entries.to_reference) & _settled(quantized, p, top, entries.error_q)
-    top = _scores(quantized, p).argmax(1)
-    both = _settled(quantized, p, top, entries.error_q)
-    return moved | (both & _settled(reference, before.reference, top, entries.error_r))
+        return settled(reference, p, top, before.to_reference) & settled(quantized, p, top, before.error_q)
+    moved = settled(reference, p, top, entries.to_reference) & settled(quantized, p, top, entries.error_q)
+    top = scores(quantized, p).argmax(1)
+    both = settled(quantized, p, top, entries.error_q)
+    return moved | (both & settled(reference, before.reference, top, entries.error_r))
 
 
-def _scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:
+def scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:
+    """V p + c of the stored head, as computed in float64."""
     V, c, _, _ = affine64(head)
     return p @ V.mT + c
 
 
-def _settled(head: nn.Linear | QuantizedLinear, p: Tensor, top: Tensor, bound: Tensor) -> Tensor:
+def settled(head: nn.Linear | QuantizedLinear, p: Tensor, top: Tensor, bound: Tensor) -> Tensor:
     """Rows where class ``top`` wins at every point within ``bound`` of p, rounding included.
 
     ``bound`` is ``(B,)`` in the 2-norm, or ``(B, n)`` entry by entry.

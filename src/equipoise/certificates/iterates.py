@@ -23,7 +23,7 @@ from ..operators import DenseOperator
 from ..operators.base import product_rounding
 from ..solvers import DouglasRachford, ForwardBackward, PeacemanRachford, Problem, Rounded, Solver, solve, tuned
 from .convergence import geometric_sum, solver_rate
-from .displacement import SLACK, SOLVE_TOL, Side
+from .sides import SLACK, SOLVE_TOL, DenseSide
 from .types import Certificate
 from .wellposed import fresh_operator
 
@@ -135,7 +135,7 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, layer: MonDEQ, proved: DenseOperator, x: Tensor) -> _Sizes:
-        side = Side.of(layer, proved)
+        side = DenseSide.of(layer, proved)
         a = x.detach().to("cpu", torch.float64)
         size = verified.row_norms(a)
         none = a.new_zeros(len(a), layer.features)
@@ -152,7 +152,7 @@ class _Sizes(NamedTuple):
         info = torch.finfo(like.dtype)
         gamma = product_rounding(2 * layer.in_features + 8, like)
         cast = info.eps if x.dtype.itemsize > like.dtype.itemsize else 0.0  # x itself is rounded
-        formed = gamma * (side.spread_U * size + float(side.b.norm())) + side.e_U * size + side.e_b
+        formed = gamma * (side.spread_U * size + side.size_b) + side.e_U * size + side.e_b
         formed = formed + cast * (1 + gamma) * side.spread_U * size
         formed = (formed + _lost(layer.in_features + layer.features, info, 1 + side.spread_U)) * SLACK
         return cls(z, z_error, q, q_error, (verified.row_norms(q) + q_error) * SLACK, formed)

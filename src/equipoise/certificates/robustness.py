@@ -17,6 +17,7 @@ from ..norms import Euclidean
 from . import displacement as moved
 from .boxes import Box, affine_box, as_box, check_widths, module_box, outward
 from .rows import SLACK, Comparison
+from .sides import DenseSide
 from .wellposed import euclidean_lipschitz, fresh_operator
 
 __all__ = ["Radius", "certified_classes", "certified_radius", "input_lipschitz", "reach_of_inputs"]
@@ -202,7 +203,7 @@ def _radius(
             operator = fresh_operator(module)
             if operator.margin() <= 0:
                 return torch.zeros(len(x), dtype=torch.float64)
-            side = moved.Side.of(module, operator)
+            side = DenseSide.of(module, operator)
             trace = moved.equilibrium_trace(side, side, trace, {}, at)
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             trace = moved.linear_trace(module, module, trace)

@@ -41,6 +41,10 @@ class Certificate:
     - ``closed_rates``: the closed bounds at their best steps, by solver.
     - ``weight_condition`` >= κ_rel = ‖W̃‖₂/m̃ (T4).
 
+    Of a multiscale network (theory §9) ``contraction`` >= ‖N‖₂, which bounds the Lipschitz constant of its map, and is
+    its ``rate``; ``training_contraction`` counts the dropout of training in; ``scaled_rate`` holds in a norm that
+    weighs its branches.
+
     With a reference: ``delta_norm`` >= ‖ΔW‖₂; ``sufficient`` and ``predeployment`` (T2's other two forms);
     ``relative_bound`` of ‖z* − z̃*‖/‖z*‖ (C3; only where ‖ΔW‖₂ < m and U, b and all modules before are unchanged).
 
@@ -72,6 +76,9 @@ class Certificate:
     sufficient: bool | None = None
     predeployment: bool | None = None
     relative_bound: float | None = None
+    contraction: float | None = None
+    training_contraction: float | None = None
+    scaled_rate: float | None = None
     displacement: Tensor | None = None
     actual_displacement: Tensor | None = None
     actual_error: Tensor | None = None
@@ -92,6 +99,9 @@ class Certificate:
         rows: list[tuple[str, str]] = [
             ("verdict", self.verdict),
             ("measure μ_η(W), at most", MISSING if self.family == "l2" else at_most(self.measure, 6)),
+            ("contraction ‖N‖₂, at most", at_most(self.contraction, 6)),
+            ("contraction with dropout, at most", at_most(self.training_contraction, 6)),
+            ("contraction of weighted branches, at most", at_most(self.scaled_rate, 6)),
             ("margin, at least", at_least(self.margin, 6)),
             ("Lipschitz constant, at most", at_most(self.lipschitz, 6)),
             ("condition number, at most", at_most(self.condition, 6)),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
-from ..layers import NEMONConv2d
 from ..layers.chain import any_layers, chain, equilibrium_layers
+from ..layers.convolutional import ConvolutionalLayer
 from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
@@ -22,6 +22,7 @@ from ..operators import DenseOperator, QuantizedWeight
 from ..operators.conv import ConvOperator
 from ..operators.dense import in_proving_norm
 from ..operators.quantized import AssembledWeight
+from ..operators.tiers import TierOperator
 from ..parametrizations import Dense
 from ..solvers import ForwardBackward
 
@@ -47,14 +48,15 @@ def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
         return in_proving_norm(operator) if isinstance(layer.recurrent, Dense) else operator
 
 
-def fresh_kernel(layer: NEMONConv2d) -> ConvOperator:
-    """:func:`fresh_operator` of a convolutional layer; its constants hold on images of any size."""
+def fresh_kernel(layer: ConvolutionalLayer) -> ConvOperator | TierOperator:
+    """:func:`fresh_operator` of a convolutional layer; of NEMON its constants hold on images of any size."""
     with torch.no_grad():
-        return copy.deepcopy(layer).operator
+        found: ConvOperator | TierOperator = copy.deepcopy(layer).operator  # type: ignore[assignment]
+        return found
 
 
-def _fresh(layer: EquilibriumLayer | NEMONConv2d) -> DenseOperator | ConvOperator:
-    return fresh_kernel(layer) if isinstance(layer, NEMONConv2d) else fresh_operator(layer)
+def _fresh(layer: EquilibriumLayer | ConvolutionalLayer) -> DenseOperator | ConvOperator | TierOperator:
+    return fresh_kernel(layer) if isinstance(layer, ConvolutionalLayer) else fresh_operator(layer)
 
 
 def margin(model: nn.Module) -> float:
@@ -171,13 +173,11 @@ def observe(model: nn.Module, inputs: Tensor) -> Literal["unknown", "converged",
     The layer's own solver first, then forward–backward with a short step: a poor step is not divergence. "unknown"
     where there are no inputs, or the codes define no matrix at all.
     """
-    if not len(inputs) or any(
-        fresh_operator(layer).representation_error == math.inf for _, layer in equilibrium_layers(model)
-    ):
+    if not len(inputs) or any(_fresh(layer).representation_error == math.inf for _, layer in any_layers(model)):
         return "unknown"
     for fallback in (False, True):
         wide = copy.deepcopy(model).cpu().double().eval()
-        for _, layer in equilibrium_layers(wide):
+        for _, layer in any_layers(wide):
             layer.strict = False
             if fallback:
                 layer.solver = ForwardBackward(max_steps=2000)
@@ -187,8 +187,8 @@ def observe(model: nn.Module, inputs: Tensor) -> Literal["unknown", "converged",
 
 
 def _settles(model: nn.Module, a: Tensor) -> bool:
-    for _, module in chain(model):
-        if not isinstance(module, EquilibriumLayer):
+    for _, module in chain(model, images=True):
+        if not isinstance(module, (EquilibriumLayer, ConvolutionalLayer)):
             a = module(a)
             continue
         try:
@@ -199,5 +199,5 @@ def _settles(model: nn.Module, a: Tensor) -> bool:
             return False
         if not bool(solution.converged.all()):
             return False
-        a = solution.value
+        a = module.images(solution.value, a) if isinstance(module, ConvolutionalLayer) else solution.value
     return True

@@ -21,6 +21,8 @@ __all__ = ["register"]
 class PaperName(enum.StrEnum):
     li2026 = "li2026"
     jafarpour2021 = "jafarpour2021"
+    winston2020 = "winston2020"
+    sato2026 = "sato2026"
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +31,10 @@ def register(app: typer.Typer) -> None:
 
 
 def reproduce(
-    paper: Annotated[PaperName, typer.Argument(metavar="PAPER", help="li2026 or jafarpour2021.", show_default=False)],
+    paper: Annotated[
+        PaperName,
+        typer.Argument(metavar="PAPER", help="li2026, jafarpour2021, winston2020 or sato2026.", show_default=False),
+    ],
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="A float model file, or the released checkpoint; else one is trained.", show_default=False),

@@ -9,21 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OptionError
-from .common import UNMET, Bits, DataDir, DataName, Json, OnData, say, say_json, tell
-from .train import (
-    BatchSize,
-    Features,
-    Granularity,
-    LearningRate,
-    Margin,
-    Rank,
-    Scale,
-    Target,
-    WeightDecay,
-    chosen_scheme,
-    decay,
-    penalty,
-)
+from .common import UNMET, DataDir, DataName, Json, OnData, say, say_json, tell
+from .options import Course, Network, Rounding, Target, grouped, penalty
 
 if TYPE_CHECKING:
     from ..quantization.schemes import Scheme
@@ -35,29 +22,21 @@ LARGEST = 2**32 - 1
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command()(sweep)
+    app.command()(grouped(sweep))
 
 
 def sweep(
+    *,
     out: Annotated[Path, typer.Option(help="The folder for everything; a sweep there goes on.", show_default=False)],
     data: OnData = DataName.digits,
+    network: Network,
+    course: Course,
     schemes: Annotated[
         str, typer.Option(help="Some of float, assembled, structured, compensated, cayley, with commas.")
     ] = "structured",
     bits: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 8,4-1.")] = "4,2",
     seeds: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 0-2.")] = "0",
-    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
-    features: Features = None,
-    rank: Rank = None,
-    margin: Margin = None,
-    batch_size: BatchSize = 128,
-    lr: LearningRate = 3e-3,
-    weight_decay: WeightDecay = None,
-    input_bits: Bits = None,
-    bias_bits: Bits = None,
-    head_bits: Bits = None,
-    granularity: Granularity = None,
-    scale: Scale = None,
+    rounding: Rounding,
     margin_target: Target = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
     backend: Annotated[str, typer.Option(help="loky (processes), threading, or a ray or dask cluster.")] = "loky",
@@ -73,18 +52,15 @@ def sweep(
     from ..report.sweeps import sweep_figure, sweep_table
     from ..report.terminal import rendered, waiting
     from ..sweep import run_sweep
-    from ..training import TrainingConfig
 
-    options: dict[str, int | str | None] = {"input_bits": input_bits, "bias_bits": bias_bits, "head_bits": head_bits}
-    options |= {"granularity": granularity, "scale": scale}
     wanted: list[Scheme | None] = []
     for name in (name.strip().lower() for name in schemes.split(",")):
         widths = [None] if name == "float" else _numbers("bits", bits, 32)
-        wanted += [None if width is None else chosen_scheme(name, width, options, margin_target) for width in widths]
-    config = TrainingConfig(
-        epochs, batch_size, lr, decay(weight_decay, input_bits), margin=penalty(margin_target, None, None)
-    )
-    base = Job(data, config, features=features, rank=rank, margin=margin, data_dir=data_dir)
+        wanted += [None if width is None else rounding.scheme(name, width, margin_target) for width in widths]
+    aim = penalty(margin_target, None, None)
+    config = course.config(network, data, rounding.input_bits, margin=aim)
+    first = next((scheme for scheme in wanted if scheme is not None), None)
+    base = Job(data, config, first, rounding.learn_scale, data_dir=data_dir, **network.fields())
     with waiting("training") as progress:
         found = run_sweep(base, wanted, _numbers("seeds", seeds, LARGEST), out, jobs, backend, progress)
     figure = sweep_figure(found.means(), out / "sweep.svg")

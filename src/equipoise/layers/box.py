@@ -87,7 +87,7 @@ def _tuned(
     if not trains:
         return tuned(solver, wide, activation, like), None
     memory = layer.box_memory
-    if memory is None or not memory.serves(wide):
+    if memory is None or not memory.lasts(wide.weight):
         memory = layer.box_memory = Memory.of(tuned(solver, wide, activation, like), wide, memory)
     memory.age += 1
     memory.forward.plan()

@@ -6,9 +6,13 @@ from torch import nn
 
 from ..errors import StructureError
 from ..operators import PreparedWeight
+from .convolutional import ConvolutionalLayer
 from .equilibrium import EquilibriumLayer
 from .linear import PreparedLinear, QuantizedLinear
+from .lipschitz_mdeq import MDEQ, LipschitzMDEQ
+from .mon_conv import MonConv2d, MultiTierMonDEQ
 from .mondeq import MonDEQ
+from .multiscale_deq import MultiscaleDEQ
 from .nemon import NEMON
 from .nemon_conv import NEMONConv2d
 
@@ -22,12 +26,13 @@ __all__ = [
     "equilibrium_layers",
     "final_head",
     "is_prepared",
+    "multiscale_of",
 ]
 
 EQUILIBRIUM = (MonDEQ, NEMON)
 """Equilibrium layers: a new kind registers here."""
 
-CONVOLUTIONAL = (NEMONConv2d,)
+CONVOLUTIONAL = (NEMONConv2d, MonConv2d, MultiTierMonDEQ)
 """Equilibrium layers on images: admitted where ``images`` is asked for."""
 
 IMAGES = (*CONVOLUTIONAL, nn.Unflatten, nn.AvgPool2d)
@@ -95,7 +100,7 @@ def _known(module: nn.Module, name: str, images: bool) -> nn.Module:
     if isinstance(module, IMAGES):
         raise StructureError(
             f"{type(module).__name__}{where} is not supported here: a convolutional network can be trained as floats, "
-            "saved, quantized by Structured, and certified by its measure, without inputs"
+            "saved, quantized (a NEMON one by Structured), and certified: a NEMON one by its measure, without inputs"
         )
     raise StructureError(
         f"{type(module).__name__}{where} is not supported here; build the model as a layer or an nn.Sequential of "
@@ -125,10 +130,10 @@ def equilibrium_layers(model: nn.Module, prepared: bool = False) -> list[tuple[s
     return found
 
 
-def any_layers(model: nn.Module) -> list[tuple[str, EquilibriumLayer | NEMONConv2d]]:
+def any_layers(model: nn.Module) -> list[tuple[str, EquilibriumLayer | ConvolutionalLayer]]:
     """:func:`equilibrium_layers`, convolutional ones included."""
     kinds = (*EQUILIBRIUM, *CONVOLUTIONAL)
-    found: list[tuple[str, EquilibriumLayer | NEMONConv2d]]
+    found: list[tuple[str, EquilibriumLayer | ConvolutionalLayer]]
     found = [(name, module) for name, module in chain(model, images=True) if isinstance(module, kinds)]
     if not found:
         raise StructureError(f"{type(model).__name__} has no equilibrium layer; nothing to quantize or certify")
@@ -147,3 +152,28 @@ def final_head(model: nn.Module, prepared: bool = False, images: bool = False) -
     if len(rest) == 1 and isinstance(rest[0][1], (nn.Linear, QuantizedLinear, PreparedLinear)):
         return rest[0][0]
     return None
+
+
+def multiscale_of(model: nn.Module) -> tuple[list[nn.Module], MultiscaleDEQ] | None:
+    """The multiscale network that ``model`` is or ends in, and the modules before it; None where there is none.
+
+    Raises :class:`StructureError` for anything around it but what only gives an image its shape: in itself it is whole.
+    """
+    found = [module for module in model.modules() if isinstance(module, MultiscaleDEQ)]
+    if not found:
+        return None
+    if model is not found[0] and not isinstance(model, nn.Sequential):
+        raise StructureError(f"{type(model).__name__} is not supported here; give its {type(found[0]).__name__} itself")
+    modules: list[nn.Module] = [model] if model is found[0] else list(model.children())
+    if modules[-1] is not found[0] or not all(isinstance(m, (nn.Unflatten, nn.Identity)) for m in modules[:-1]):
+        names = ", ".join(type(module).__name__ for module in modules)
+        raise StructureError(
+            f"a chain of {names}: {type(found[0]).__name__} has its own stem and head; only Unflatten goes before it"
+        )
+    if type(found[0]) not in (LipschitzMDEQ, MDEQ):
+        raise StructureError(
+            f"{type(found[0]).__name__} may compute something else than a LipschitzMDEQ; give a plain one"
+        )
+    for module in modules:
+        _check_plain(module, type(module), "")
+    return modules[:-1], found[0]

@@ -221,8 +221,7 @@ class EquilibriumLayer(nn.Module, ABC):
             operator, tuning = self._prepare(solver)
             problem = Problem(operator, q, self.activation, self._injection_error(x))
             if not len(q):
-                none = q.new_zeros(0, dtype=torch.float64)
-                return Solution(q, none.bool(), none.long(), none, none, none)
+                return Solution.empty(q)
             narrow = q.dtype == torch.float32 and solver.max_steps is None
             if narrow and stop == "bound" and _beyond_float32(operator, tol):
                 solution = self._solve_wide(x, solver, operator, tol, stop)
@@ -338,7 +337,7 @@ class EquilibriumLayer(nn.Module, ABC):
             key = "tuning", solver, self._stage()
             if key not in kept:
                 memory = self.training_memory if self.training and self._trains() and solver == self.solver else None
-                if memory is not None and memory.serves(operator):
+                if memory is not None and memory.lasts(operator.weight):
                     tol = self._tolerance(operator.weight.dtype)
                     memory.carry(operator, min(tol, self.backward_tol or tol))
                     kept[key] = memory.tuning

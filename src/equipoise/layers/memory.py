@@ -42,18 +42,26 @@ class Memory:
     backward: Habit = field(default_factory=Habit)
 
     @classmethod
-    def of(cls, tuning: Tuning, operator: DenseOperator, before: Memory | None) -> Memory:
+    def after(cls, before: Memory | None, tuning: Tuning, weight: Tensor) -> Memory:
         """A new memory; one that follows another lasts twice as long."""
         limit = REFRESH[0] if before is None else min(2 * before.limit, REFRESH[1])
-        return cls(tuning, operator.weight.detach().clone(), limit)
+        return cls(tuning, weight.detach().clone(), limit)
 
-    def serves(self, operator: DenseOperator) -> bool:
-        """Whether it is young enough and the weights moved little since."""
-        now, then = operator.weight.detach(), self.weight
-        if self.age >= self.limit or now.dtype != then.dtype or now.device != then.device or now.shape != then.shape:
+    @classmethod
+    def of(cls, tuning: Tuning, operator: DenseOperator, before: Memory | None) -> Memory:
+        """:meth:`after` another one, for a dense operator."""
+        return cls.after(before, tuning, operator.weight)
+
+    def lasts(self, now: Tensor) -> bool:
+        """Whether it is young enough, and for weights like ``now`` that moved little since."""
+        then = self.weight
+        alike = now.dtype == then.dtype and now.device == then.device and now.shape == then.shape
+        if not (alike and self.age < self.limit):
             return False
         norm = torch.linalg.vector_norm
-        return bool(norm(now - then) <= DRIFT * norm(then.diagonal() - 1).maximum(norm(then)))
+        center = then if then.ndim == 2 else then[:, :, then.shape[2] // 2, then.shape[3] // 2]
+        size = norm(then).maximum(norm(center.diagonal() - 1))  # W may be small where I − W is not
+        return bool(norm(now.detach() - then) <= DRIFT * size)
 
     def carry(self, operator: DenseOperator, tol: float) -> None:
         """Begin with new weights: heed the habits, and hand ``operator`` the last Cayley transform to start from if it

@@ -2,6 +2,7 @@
 
 from .base import FixedPointMap, MonotoneOperator
 from .contractive import RowWeight, quantize_weight
+from .conv_norm import conv_norm
 from .dense import DenseOperator
 from .prepared import PreparedWeight
 from .prepared_rows import prepare_weight
@@ -14,6 +15,7 @@ __all__ = [
     "PreparedWeight",
     "QuantizedWeight",
     "RowWeight",
+    "conv_norm",
     "prepare_weight",
     "quantize_weight",
 ]

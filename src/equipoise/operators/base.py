@@ -10,14 +10,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import verified
+from ..errors import NotWellPosedError
 from ..norms import EUCLIDEAN, Norm
 
-__all__ = ["FixedPointMap", "MonotoneOperator", "golden_section", "power_norm", "product_rounding"]
+__all__ = [
+    "FixedPointMap",
+    "MatrixProduct",
+    "MonotoneOperator",
+    "Product",
+    "golden_section",
+    "power_norm",
+    "product_rounding",
+    "singular",
+]
 
 
 class FixedPointMap(ABC):
@@ -45,6 +56,24 @@ class FixedPointMap(ABC):
         return size
 
 
+class Product(Protocol):
+    """x ↦ M x + offset for every row of ``x (B, n)``, into ``out`` where given, which shares no memory with ``x``."""
+
+    def __call__(self, x: Tensor, offset: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
+
+
+class MatrixProduct:
+    """The product with a ``matrix (n, n)``."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.transposed = matrix.mT
+
+    def __call__(self, x: Tensor, offset: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if offset is None:
+            return torch.mm(x, self.transposed, out=out)
+        return torch.addmm(offset, x, self.transposed, out=out)
+
+
 class MonotoneOperator(ABC):
     """z ↦ W z with the constants of F₀ = I − W (theory §1–2).
 
@@ -67,6 +96,15 @@ class MonotoneOperator(ABC):
     @abstractmethod
     def transpose(self, z: Tensor) -> Tensor:
         """Wᵀ z for every row of ``z (B, n)``."""
+
+    @property
+    def terms(self) -> int:
+        """How many products are added up for an entry of ``summed``."""
+        return self.features
+
+    def summed(self, z: Tensor) -> Tensor:
+        """W z by sums of at most ``terms`` products each, whose rounding :func:`product_rounding` bounds."""
+        return self.apply(z)
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -93,6 +131,10 @@ class MonotoneOperator(ABC):
     def cayley(self, alpha: float) -> Tensor:
         """C_α = 2 V_α − I with V_α = (I + α(I − W))⁻¹, ``(n, n)``."""
 
+    def cayley_product(self, alpha: float) -> Product:
+        """The product with C_α, in whatever way is quick; it may keep memory to work in."""
+        return MatrixProduct(self.cayley(alpha))
+
     @abstractmethod
     def cayley_norm(self, alpha: float) -> float:
         """‖C_α‖₂ as computed: it chooses steps and is never printed as a bound."""
@@ -114,6 +156,15 @@ class MonotoneOperator(ABC):
         """The operator of Wᵀ; constants and inverses are shared, nothing is computed again."""
 
 
+def singular(alpha: float, margin: float) -> NotWellPosedError:
+    """The error for a step at which there is no inverse."""
+    return NotWellPosedError(
+        f"I + α(I − W) is singular at α = {alpha:g}: W has no positive margin there; "
+        "give the solver another alpha, or use ForwardBackward",
+        margin,
+    )
+
+
 def product_rounding(terms: int, like: Tensor) -> float:
     """ε with |fl(Σ aᵢbᵢ) − Σ aᵢbᵢ| <= ε Σ |aᵢ||bᵢ| for sums of ``terms`` products in the arithmetic of ``like``.
 
@@ -123,10 +174,19 @@ def product_rounding(terms: int, like: Tensor) -> float:
     gamma = verified.gamma(terms) * (unit / verified.UNIT)
     if like.dtype != torch.float32:
         return gamma
-    operand = {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)
-    if like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        operand = max(operand, 2.0**-11)
+    operand = _operand_rounding(like.device)
     return gamma + (2 * operand + operand**2) * (1 + gamma)
+
+
+def _operand_rounding(device: torch.device) -> float:
+    """What torch may drop of the operands of a float32 product, which units may round or cut off."""
+    try:
+        operand = {"highest": 0.0, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
+        if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            operand = max(operand, 2.0**-10)
+    except RuntimeError:  # set by torch's newer switches, of which the older ones cannot tell
+        return 2.0**-7
+    return operand
 
 
 def golden_section(function: Callable[[float], float], low: float, high: float, rtol: float = 0.02) -> float:

@@ -14,8 +14,9 @@ from torch.nn.grad import conv2d_weight
 from .. import verified
 from ..errors import InputError, StructureError
 from ..norms import WeightedMax
-from .base import MonotoneOperator
+from .base import MonotoneOperator, Product
 from .dense import TransposedOperator
+from .grids import circular
 
 __all__ = ["ConvOperator", "Doubt"]
 
@@ -91,6 +92,14 @@ class ConvOperator(MonotoneOperator):
             rows, columns = (torch.arange(-reach, n + reach, device=z.device) % n for n in self.size)
             return images[:, :, rows][:, :, :, columns]
         return pad(images, (reach,) * 4, mode="circular") if reach else images
+
+    @property
+    def terms(self) -> int:
+        return self.weight[0].numel()
+
+    def summed(self, z: Tensor) -> Tensor:
+        found = circular(z.unflatten(1, (self.channels, *self.size)).permute(2, 3, 1, 0), self.weight.detach())
+        return found.permute(3, 2, 0, 1).flatten(1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weight,)
@@ -199,6 +208,9 @@ class ConvOperator(MonotoneOperator):
         )
 
     def cayley(self, alpha: float) -> Tensor:
+        self._no_inverse()
+
+    def transposed_cayley_product(self, alpha: float) -> Product:
         self._no_inverse()
 
     def cayley_norm(self, alpha: float) -> float:

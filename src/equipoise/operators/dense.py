@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..errors import NotWellPosedError
 from ..norms import EUCLIDEAN, Euclidean, Norm, WeightedMax, best_family
-from .base import MonotoneOperator, golden_section, power_norm
+from .base import MatrixProduct, MonotoneOperator, Product, golden_section, power_norm, singular
 
 __all__ = ["DenseOperator", "TransposedOperator", "averaging_step", "in_proving_norm"]
 
@@ -162,11 +161,7 @@ class DenseOperator(MonotoneOperator):
         system.diagonal().add_(1 + alpha)
         inverse, info = torch.linalg.inv_ex(system)
         if self.features and int(info) != 0:
-            raise NotWellPosedError(
-                f"I + α(I − W) is singular at α = {alpha:g}: W has no positive margin there; "
-                "give the solver another alpha, or use ForwardBackward",
-                self.margin(),
-            )
+            raise singular(alpha, self.margin())
         inverse.mul_(2).diagonal().sub_(1)
         return inverse
 
@@ -222,6 +217,10 @@ class DenseOperator(MonotoneOperator):
             return power_norm(step)
 
         return self.once(("forward_norm", alpha), compute)
+
+    def transposed_cayley_product(self, alpha: float) -> Product:
+        """The product with C_αᵀ."""
+        return MatrixProduct(self.cayley(alpha).mT)
 
     def transposed(self) -> TransposedOperator:
         return TransposedOperator(self)
@@ -285,8 +284,15 @@ class TransposedOperator(MonotoneOperator):
     def absolute_norm(self) -> float:
         return self.base.absolute_norm()
 
+    @property
+    def terms(self) -> int:
+        return self.base.terms
+
     def cayley(self, alpha: float) -> Tensor:
         return self.base.cayley(alpha).mT
+
+    def cayley_product(self, alpha: float) -> Product:
+        return self.base.transposed_cayley_product(alpha)
 
     def cayley_norm(self, alpha: float) -> float:
         return self.base.cayley_norm(alpha)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import verified
 from ..errors import InputError, NotWellPosedError, OptionError
 
-__all__ = ["MARGIN_FLOOR", "Dense", "Monotone", "check_margin", "monotone_factors"]
+__all__ = ["MARGIN_FLOOR", "Dense", "Margined", "Monotone", "check_margin", "monotone_factors"]
 
 MARGIN_FLOOR = 1e-4
 """A learned margin is softplus(raw) + this floor, so that no training step can lose it."""
@@ -33,7 +33,34 @@ def _raw(margin: float) -> float:
     return excess + math.log(-math.expm1(-excess))
 
 
-class Monotone(nn.Module):
+class Margined(nn.Module):
+    """What parametrizations with a margin share: ``margin`` (fixed) or ``raw_margin`` (learned, m = softplus(raw) +
+    1e-4).
+
+    Raises:
+        OptionError: a margin that is not positive.
+    """
+
+    raw_margin: Tensor
+    margin: Tensor
+
+    def _keep(self, margin: float, learn_margin: bool) -> None:
+        value = check_margin(margin)
+        if learn_margin:
+            if value <= MARGIN_FLOOR:
+                raise OptionError(f"a learned margin starts above its floor {MARGIN_FLOOR}, got {margin}")
+            self.raw_margin = nn.Parameter(torch.tensor(_raw(value), dtype=torch.get_default_dtype()))
+        else:
+            self.register_buffer("margin", torch.tensor(value, dtype=torch.get_default_dtype()))
+
+    def current_margin(self) -> Tensor:
+        """m as a 0-dim tensor."""
+        if "raw_margin" in self._parameters:
+            return nn.functional.softplus(self.raw_margin) + MARGIN_FLOOR
+        return self.margin
+
+
+class Monotone(Margined):
     """The structured weights of a monotone operator equilibrium network.
 
     Forward: ``() -> W (n, n)`` with λ_min(sym(I − W)) >= m, exactly m where ``rank < n``.
@@ -44,9 +71,6 @@ class Monotone(nn.Module):
         OptionError: rank outside 0..n or a margin that is not positive.
     """
 
-    raw_margin: Tensor
-    margin: Tensor
-
     def __init__(self, features: int, rank: int | None = None, margin: float = 0.2, learn_margin: bool = False) -> None:
         super().__init__()
         rank = features if rank is None else rank
@@ -55,13 +79,7 @@ class Monotone(nn.Module):
         scale = 1 / math.sqrt(max(features, 1))
         self.A = nn.Parameter(torch.empty(rank, features).uniform_(-scale, scale))
         self.B = nn.Parameter(torch.empty(features, features).uniform_(-scale, scale))
-        value = check_margin(margin)
-        if learn_margin:
-            if value <= MARGIN_FLOOR:
-                raise OptionError(f"a learned margin starts above its floor {MARGIN_FLOOR}, got {margin}")
-            self.raw_margin = nn.Parameter(torch.tensor(_raw(value), dtype=torch.get_default_dtype()))
-        else:
-            self.register_buffer("margin", torch.tensor(value, dtype=torch.get_default_dtype()))
+        self._keep(margin, learn_margin)
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, margin: float, learn_margin: bool = False) -> Monotone:
@@ -77,12 +95,6 @@ class Monotone(nn.Module):
             else:
                 module.margin.fill_(float(margin))
         return module
-
-    def current_margin(self) -> Tensor:
-        """m as a 0-dim tensor."""
-        if "raw_margin" in self._parameters:
-            return nn.functional.softplus(self.raw_margin) + MARGIN_FLOOR
-        return self.margin
 
     def forward(self) -> Tensor:
         with torch.autocast(self.B.device.type, enabled=False):  # W is a definition, not a computation to speed up

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = ["COLOURS", "MARKERS", "Figure", "colour", "figure", "percents", "plain_log", "powers", "say"]
+__all__ = ["COLOURS", "MARKERS", "Figure", "colour", "figure", "level", "percents", "plain_log", "powers", "say"]
 
 MARKERS = {"assembled": "s", "structured": "o", "compensated": "^", "cayley": "D"}
 
@@ -150,3 +150,18 @@ def _power(value: float, position: object = None) -> str:
     if -2 <= exponent <= 3:
         return f"{10.0**exponent:,.6g}"
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def level(axes: Axes, height: float, text: str, below: bool = False) -> None:
+    """A dashed line across, and its name at the left, above or below it."""
+    axes.axhline(height, color=COLOURS["ink"], lw=1, ls=(0, (4, 3)), zorder=2)
+    axes.annotate(
+        text,
+        (0.0, height),
+        (3, -9 if below else 9),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="top" if below else "bottom",
+        color=COLOURS["ink"],
+        annotation_clip=False,
+    )

@@ -19,9 +19,9 @@ import torch
 
 from ..certificates import input_lipschitz, margin
 from ..data import Data, Split
-from ..demo import classifier
 from ..errors import NotWellPosedError
 from ..files import save
+from ..presets import classifier
 from ..report.words import MISSING
 from ..robust import PixelBall, pgd, robustness
 from ..robust_loss import RobustLoss

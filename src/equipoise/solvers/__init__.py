@@ -3,10 +3,11 @@
 from .anderson import Anderson
 from .broyden import Broyden
 from .forward_backward import ForwardBackward
-from .loop import Problem, Solver, State, Tuning, Verdict, iterate
+from .loop import Solver, State, Tuning, Verdict, iterate
 from .peaceman_rachford import DouglasRachford, PeacemanRachford
 from .picard import Picard
 from .posterior import Solution, a_posteriori, solve
+from .problem import MapProblem, Problem
 from .rounded import Rounded
 from .trial import tuned
 from .tseng import Tseng
@@ -17,6 +18,7 @@ __all__ = [
     "Broyden",
     "DouglasRachford",
     "ForwardBackward",
+    "MapProblem",
     "PeacemanRachford",
     "Picard",
     "Problem",

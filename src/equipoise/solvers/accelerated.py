@@ -16,9 +16,10 @@ from torch import Tensor
 from ..errors import OptionError
 from ..norms import Euclidean
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Problem, Solver, State, Tuning
+from .loop import Solver, State, Tuning
 from .peaceman_rachford import PeacemanRachford
 from .picard import Picard
+from .problem import MapProblem, Problem
 from .rounded import Rounded
 
 __all__ = ["Accelerated", "push"]
@@ -26,15 +27,21 @@ __all__ = ["Accelerated", "push"]
 
 @dataclass(frozen=True)
 class Accelerated(Solver):
-    """Base of the accelerated solvers; ``on`` is the splitting whose map is accelerated, ``memory`` its depth."""
+    """Base of the accelerated solvers; ``on`` is the splitting whose map is accelerated, ``memory`` its depth.
+
+    Without ``safeguard`` every step is taken, as is usual where the map is not known to contract.
+    """
 
     on: Solver | None = None
     memory: int = 5
+    safeguard: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
             raise OptionError(f"{type(self).__name__} memory is {self.memory!r}; it is a positive integer")
+        if not isinstance(self.safeguard, bool):
+            raise OptionError(f"{type(self).__name__} safeguard is {self.safeguard!r}; it is True or False")
         if self.on is not None and (not isinstance(self.on, Solver) or isinstance(self.on, (Accelerated, Rounded))):
             raise OptionError(
                 f"{type(self).__name__} acts on a splitting such as ForwardBackward(), not on {self.on!r}"
@@ -52,7 +59,9 @@ class Accelerated(Solver):
     def tune(self, operator: MonotoneOperator) -> Tuning:
         return self.splitting(operator).tune(operator)
 
-    def map(self, problem: Problem, tuning: Tuning) -> FixedPointMap:
+    def map(self, problem: Problem | MapProblem, tuning: Tuning) -> FixedPointMap:
+        if isinstance(problem, MapProblem):
+            return (self.on or Picard()).map(problem, tuning)
         return self.splitting(problem.operator).map(problem, tuning)
 
     @abstractmethod
@@ -75,7 +84,7 @@ class Accelerated(Solver):
         best, best_residual, *learned = state.memory
         residual = state.image - state.current
         size, best_size = (fixed_point.length(r)[:, None] for r in (residual, best_residual))
-        accepted = size <= best_size
+        accepted = size <= best_size if self.safeguard else torch.ones_like(size, dtype=torch.bool)
         du = torch.where(accepted, state.current - best, 0.0)
         dr = torch.where(accepted, residual - best_residual, 0.0)
         for tensor in learned:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..norms import Euclidean
 from ..operators import FixedPointMap, MonotoneOperator
 from ..operators.base import golden_section
-from .loop import Problem, Solver, Tuning
+from .loop import Solver, Tuning
+from .problem import Problem
 
 __all__ = ["ForwardBackward", "ForwardBackwardMap", "best_forward_step"]
 

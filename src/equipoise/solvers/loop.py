@@ -13,52 +13,29 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..activations import Activation, Linearized
 from ..errors import OptionError
+from ..norms import lengths
 from ..operators import FixedPointMap, MonotoneOperator
+from .problem import Equation
 
-__all__ = ["Habit", "Problem", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
+__all__ = ["Habit", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
 
 Stop = Literal["bound", "residual"]
 
 MAX_STEPS = 20_000
 """A budget no default exceeds; a solver's own ``max_steps`` may."""
 
-CHUNK = 2**21
-"""Entries of an iterate worked on at a time on a CPU: what stays in its cache between passes."""
-
-
 PATIENCE = 4
 """Solves that end at a habit's first look before it comes a step earlier."""
 
 SMALL = 2**15
 """Entries of an iterate below which finished samples are carried along: sorting them out would cost more."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Find z ``(B, n)`` with z = σ(W z + q), row by row (theory §1).
-
-    ``injection_error (B,)`` bounds in the 2-norm how far the computed q may be from U x + b.
-    """
-
-    operator: MonotoneOperator
-    injection: Tensor
-    activation: Activation
-    injection_error: Tensor | None = None
-
-    def select(self, rows: Tensor | slice) -> Problem:
-        activation = self.activation
-        if isinstance(activation, Linearized):
-            activation = Linearized(activation.slopes[rows])
-        error = None if self.injection_error is None else self.injection_error[rows]
-        return replace(self, injection=self.injection[rows], activation=activation, injection_error=error)
 
 
 class Tuning(NamedTuple):
@@ -113,8 +90,8 @@ class Solver(ABC):
         """Step, rate and gain for this operator; called once per weights."""
 
     @abstractmethod
-    def map(self, problem: Problem, tuning: Tuning) -> FixedPointMap:
-        """The fixed-point map this solver iterates."""
+    def map(self, problem: Any, tuning: Tuning) -> FixedPointMap:
+        """The fixed-point map this solver iterates on a :class:`Problem`; some solvers take a :class:`MapProblem`."""
 
     def init(self, fixed_point: FixedPointMap) -> State:
         return State(*fixed_point.start())
@@ -207,13 +184,13 @@ class Verdict(NamedTuple):
     results: tuple[Tensor, ...]
 
 
-Judge = Callable[[Problem, Tensor], Verdict]
+Judge = Callable[[Any, Tensor], Verdict]
 """(problem, w) -> verdict."""
 
 
 def iterate(
     solver: Solver,
-    problem: Problem,
+    problem: Equation,
     tuning: Tuning,
     tol: float,
     stop: Stop,
@@ -226,9 +203,8 @@ def iterate(
     finite, or when the budget is spent; the last three are judged as they are. Without a judge the solver's own
     estimate decides, and a sample that stands still counts as done. A ``habit`` says when to look first.
     """
-    rows = len(problem.injection)
-    width = max(64, CHUNK // max(problem.operator.features, 1))
-    if problem.injection.device.type != "cpu" or rows <= width:
+    rows, width = len(problem.injection), problem.width()
+    if rows <= width:
         return _Run(solver, problem, tuning, tol, stop, judge, habit).run()
     chunks = [
         _Run(solver, problem.select(slice(begin, begin + width)), tuning, tol, stop, judge, habit).run()
@@ -243,7 +219,7 @@ class _Run:
     def __init__(
         self,
         solver: Solver,
-        problem: Problem,
+        problem: Equation,
         tuning: Tuning,
         tol: float,
         stop: Stop,
@@ -290,29 +266,28 @@ class _Run:
 
     def _settled(self) -> Tensor | None:
         """The estimates w if every sample is within the tolerance, as far as the solver can tell: one look at all."""
-        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1)
+        move = lengths(self.state.image - self.state.current)
         w = self.fixed_point.point(self.state.image)
-        size = torch.linalg.vector_norm(w, dim=1)
+        size = lengths(w)
         # an overflow is no convergence, and NaN compares as false
         ready = (move * self.first_gain <= size * self.tol) & (size < math.inf)
         return w if bool(ready.all()) else None
 
     def _look(self, step: int) -> bool:
         """Write down the samples that are finished; True when none is left."""
-        move = torch.linalg.vector_norm(self.state.image - self.state.current, dim=1)
+        move = lengths(self.state.image - self.state.current)
         w = self.fixed_point.point(self.state.image)
-        size = torch.linalg.vector_norm(w, dim=1)
+        size = lengths(w)
         due = self.due <= step
         ready = due & (self.gain * move <= self.tol * size) & (size < math.inf)  # an overflow is no convergence
-        reach = torch.linalg.vector_norm(self.state.image, dim=1)
+        reach = lengths(self.state.image)
         still = (move <= self.still * reach) & (reach < math.inf)
         hopeless = due & (~torch.isfinite(move) | still)
         if step >= self.schedule.last:
             hopeless = torch.ones_like(hopeless)
         if self.judge is None:
             # relative to an answer of 0 nothing is small; but 0 is the answer where σ(q) = 0
-            zero = torch.linalg.vector_norm(self.problem.activation(self.problem.injection), dim=1) == 0
-            settled = ready | (due & (still | (zero & (size == 0))))
+            settled = ready | (due & (still | (self.problem.vanishing() & (size == 0))))
             self._record(torch.full_like(self.rows, step), settled, w)
             self.alive = self.alive & ~(settled | hopeless)
         else:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..norms import Euclidean
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Problem, Solver, Tuning
+from .loop import Solver, Tuning
+from .problem import Problem
 
 __all__ = ["DouglasRachford", "PeacemanRachford", "PeacemanRachfordMap"]
 
@@ -28,9 +29,9 @@ class PeacemanRachfordMap(FixedPointMap):
 
     def __init__(self, problem: Problem, alpha: float, relaxation: float = 1.0, offset: Tensor | None = None) -> None:
         self.problem, self.alpha, self.relaxation = problem, alpha, relaxation
-        self.matrix = problem.operator.cayley(alpha).mT
+        self.product = problem.operator.cayley_product(alpha)
         q = problem.injection
-        self.offset = torch.addmm(q, q, self.matrix).mul_(alpha) if offset is None else offset
+        self.offset = self.product(q, q).mul_(alpha) if offset is None else offset
         self.reflected = torch.empty_like(self.offset)
 
     def start(self) -> tuple[Tensor, Tensor]:
@@ -42,9 +43,9 @@ class PeacemanRachfordMap(FixedPointMap):
 
     def __call__(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         reflected = self.problem.activation.reflect(u, self.alpha, out=self.reflected)
+        image = self.product(reflected, self.offset, out)
         if self.relaxation == 1:
-            return torch.addmm(self.offset, reflected, self.matrix, out=out)
-        image = torch.addmm(self.offset, reflected, self.matrix, out=out)
+            return image
         return torch.lerp(u, image, self.relaxation, out=out)
 
     def point(self, u: Tensor) -> Tensor:

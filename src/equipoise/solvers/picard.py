@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..norms import WeightedMax, WeightedSum
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Problem, Solver, Tuning
+from .loop import Solver, Tuning
+from .problem import MapProblem, Problem
 
 __all__ = ["AveragedMap", "DualMap", "Picard"]
 
@@ -57,6 +58,26 @@ class DualMap(AveragedMap):
         return DualMap(self.problem.select(rows), self.alpha)
 
 
+class RelaxedMap(FixedPointMap):
+    """u ↦ (1 − α) u + α f(u) for a map f that is its own estimate."""
+
+    def __init__(self, fixed_point: FixedPointMap, alpha: float) -> None:
+        self.fixed_point, self.alpha = fixed_point, alpha
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        u, image = self.fixed_point.start()
+        return u, torch.lerp(u, image, self.alpha)
+
+    def __call__(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.lerp(u, self.fixed_point(u), self.alpha)
+
+    def point(self, u: Tensor) -> Tensor:
+        return self.fixed_point.point(u)
+
+    def select(self, rows: Tensor) -> RelaxedMap:
+        return RelaxedMap(self.fixed_point.select(rows), self.alpha)
+
+
 @dataclass(frozen=True)
 class Picard(Solver):
     """Averaged iteration; proved to converge where ‖W‖₂ < 1, factor (1 − α) + α‖W‖₂, and where μ_η(W) < 1.
@@ -76,7 +97,9 @@ class Picard(Solver):
         margin = operator.margin()
         return Tuning(alpha, rate, norm / (alpha * margin) if margin > 0 else None)
 
-    def map(self, problem: Problem, tuning: Tuning) -> AveragedMap:
+    def map(self, problem: Problem | MapProblem, tuning: Tuning) -> FixedPointMap:
+        if isinstance(problem, MapProblem):
+            return problem.fixed_point if tuning.alpha == 1 else RelaxedMap(problem.fixed_point, tuning.alpha)
         if isinstance(problem.operator.family, WeightedSum):
             return DualMap(problem, tuning.alpha)
         return AveragedMap(problem, tuning.alpha)

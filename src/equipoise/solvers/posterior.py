@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..norms import Euclidean, WeightedMax
 from ..operators.base import product_rounding
-from .loop import Problem, Solver, Stop, Tuning, Verdict, iterate
+from .loop import Solver, Stop, Tuning, Verdict, iterate
+from .problem import Problem
 
 __all__ = ["Posterior", "Solution", "a_posteriori", "solve"]
 
@@ -36,6 +37,12 @@ class Solution:
     residual: Tensor
     error_bound: Tensor
     truncation: Tensor
+
+    @classmethod
+    def empty(cls, value: Tensor) -> Solution:
+        """Of no samples, ``value (0, n)``."""
+        none = value.new_zeros(0, dtype=torch.float64)
+        return cls(value, none.bool(), none.long(), none, none, none)
 
     def columns(self) -> tuple[Tensor, ...]:
         """All fields in order."""
@@ -69,14 +76,14 @@ def a_posteriori(problem: Problem, w: Tensor) -> Posterior:
     euclidean = isinstance(operator.family, Euclidean)  # of a dual norm nothing is proved here
     info = torch.finfo(w.dtype)
     n = operator.features
-    gamma = product_rounding(2 * n + 8, w)
+    gamma = product_rounding(2 * operator.terms + 8, w)
     floor = math.sqrt(n * info.tiny) * 4
-    p = problem.activation(operator.apply(w).add_(problem.injection))
+    p = problem.activation(operator.summed(w).add_(problem.injection))
     e = w - p
     norms = torch.stack(
-        [torch.linalg.vector_norm(t, dim=1) for t in (operator.apply(e), e, w, p, problem.injection)]
+        [torch.linalg.vector_norm(t, dim=1) for t in (operator.summed(e), e, w, p, problem.injection)]
     ).double()
-    product, gap, size_w, _, size_q = norms * (1 + gamma) + floor
+    product, gap, size_w, _, size_q = norms * (1 + max(gamma, product_rounding(n + 8, w))) + floor
     margin, spread = operator.margin(), operator.absolute_norm()
     evaluation = problem.activation.evaluation_error(p)
     delta = torch.linalg.vector_norm(evaluation, dim=1).double() if isinstance(evaluation, Tensor) else 0.0
@@ -98,11 +105,11 @@ def _by_rows(problem: Problem, w: Tensor, family: WeightedMax) -> Posterior:
     ‖p − z*‖_η ≤ max_i (|W e| + |W||δ| + |r|)_i/(η_i (1 − μ_i)) + ‖δ‖_η,    ‖·‖_∞ ≤ max_j η_j ‖·‖_η.
     """
     operator: Any = problem.operator
-    tiny, gamma = torch.finfo(w.dtype).tiny ** 0.5, product_rounding(2 * operator.features + 8, w)
-    v = operator.apply(w).add_(problem.injection)
+    tiny, gamma = torch.finfo(w.dtype).tiny ** 0.5, product_rounding(2 * operator.terms + 8, w)
+    v = operator.summed(w).add_(problem.injection)
     p = problem.activation(v)
     e = w - p
-    moved = operator.apply(e).abs().double()
+    moved = operator.summed(e).abs().double()
     eta, margins, spread = (t.to(w.device) for t in (family.eta, operator.row_margins(), operator.row_norms()))
     weights = 1 / (eta * margins.clamp_min(0.0)) * (1 + 1e-15)
     size_w, gap_eta = ((t.double().abs() / eta).amax(1) * (1 + 1e-15) for t in (w, e))

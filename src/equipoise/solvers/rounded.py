@@ -13,8 +13,9 @@ from ..activations import Linearized
 from ..errors import OptionError
 from ..operators import FixedPointMap, MonotoneOperator
 from .forward_backward import ForwardBackward, ForwardBackwardMap
-from .loop import Problem, Solver, State, Tuning
+from .loop import Solver, State, Tuning
 from .peaceman_rachford import DouglasRachford, PeacemanRachford, PeacemanRachfordMap
+from .problem import Problem
 
 __all__ = ["Rounded"]
 

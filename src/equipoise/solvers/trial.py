@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..operators import MonotoneOperator
-from .loop import Problem, Solver, Tuning
+from .loop import Solver, Tuning
 from .posterior import a_posteriori
+from .problem import Problem
 from .rounded import Rounded
 
 __all__ = ["tuned"]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Problem, Solver, Tuning
+from .loop import Solver, Tuning
+from .problem import Problem
 
 __all__ = ["Tseng", "TsengMap"]
 

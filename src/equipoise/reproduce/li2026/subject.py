@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +13,15 @@ from torch import nn
 from ...activations import ReLU
 from ...certificates import certify
 from ...data import Data
-from ...demo import classifier
 from ...errors import FileFormatError, InputError
 from ...files import load, save
 from ...importers import import_model
 from ...layers import MonDEQ
 from ...parametrizations import Monotone
 from ...plan import check_fits
-from ...training import TrainingConfig, evaluate, fit
+from ...presets import classifier
+from ...training import TrainingConfig, evaluate
+from ..resumed import resumed
 from ..run import UNFINISHED, Settings
 
 __all__ = ["FEATURES", "MARGIN", "RANK", "Bench", "Subject", "begin", "describe", "train"]
@@ -132,12 +132,7 @@ def _checked(model: nn.Module, data: Data, name: str) -> nn.Sequential:
 
 def train(bench: Bench, model: nn.Module, name: str, config: TrainingConfig) -> None:
     """Train ``model`` in place on the bench's data; a run that was killed goes on at its last whole epoch."""
-    scratch = bench.folder / UNFINISHED / name
-    result = fit(model, bench.data, config, scratch, progress=False, resume=True)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    model.eval()
-    shutil.rmtree(scratch, ignore_errors=True)
+    resumed(model, bench.data, config, bench.folder / UNFINISHED / name)
 
 
 def describe(bench: Bench) -> Subject:

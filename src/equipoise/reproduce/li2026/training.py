@@ -10,11 +10,11 @@ from torch import nn
 
 from ...certificates import certify
 from ...certificates.wellposed import fresh_operator
-from ...demo import classifier
 from ...errors import ConvergenceWarning, NotWellPosedError
 from ...layers import MonDEQ
 from ...operators import PreparedWeight
 from ...penalties import MarginPenalty
+from ...presets import classifier
 from ...qat import convert, prepare_qat
 from ...quantization.schemes import Assembled, Scheme, Structured
 from ...quantize import quantize, size

@@ -1,0 +1,172 @@
+"""Convolutional equilibria at their edges: how sums are rounded, second derivatives, modes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+import equipoise as eq
+from equipoise.errors import InputError
+from equipoise.layers.memory import Memory
+from equipoise.operators import grids, quantized_tiers
+from equipoise.operators.grids import Geometry, correlate
+from equipoise.operators.symbol_bounds import contracts
+from equipoise.operators.tiers import TierOperator
+from equipoise.parametrizations import Kernels
+from equipoise.solvers import Tuning
+
+F64 = torch.float64
+KINDS: dict[str, Callable[..., Any]] = {
+    "one grid": lambda **options: eq.MonConv2d(1, 2, 4, **options),
+    "two grids": lambda **options: eq.MultiTierMonDEQ(1, (1, 2), 4, **options),
+    "rows": lambda **options: eq.NEMONConv2d(1, 2, **options),
+}
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 4)), (2, (7, 6)), (2, (3, 3))])
+def test_sums_are_those_of_a_convolution(stride: int, size: tuple[int, int]) -> None:
+    x, kernel = torch.randn(2, 3, *size, dtype=F64), torch.randn(4, 3, 3, 3, dtype=F64)
+    found = correlate(x.permute(2, 3, 1, 0), kernel, stride).permute(3, 2, 0, 1)
+    torch.testing.assert_close(found, conv2d(x, kernel, stride=stride))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_bound_is_proved_of_is_summed_plainly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call of conv2d, which may go by Winograd's transform, between an input and its bound."""
+
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("conv2d")
+
+    layer, x = KINDS[kind](), torch.randn(17, 1, 4, 4)
+    operator = layer.operator if kind != "rows" else layer.operator_for((4, 4))
+    expected = layer._inject(x)[0]
+    monkeypatch.setattr(grids.torch, "conv2d", refuse)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
+    with torch.no_grad():
+        found = layer._inject(x, summed=True)[0]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(operator.summed(found).isfinite().all(), torch.tensor(True))
+
+
+SMALL: list[Callable[..., Any]] = [
+    lambda **options: eq.MonConv2d(1, 1, 2, learn_margin=True, border=0, **options),
+    lambda **options: eq.MultiTierMonDEQ(1, (1, 1), 2, border=0, **options),
+    lambda **options: eq.NEMONConv2d(1, 2, **options),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", SMALL, ids=list(KINDS))
+def test_second_derivatives(make: Callable[..., Any]) -> None:
+    layer = make(activation=eq.Tanh(), tol=1e-12).double()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def value(x: Tensor, *tensors: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(layer, dict(zip(names, tensors, strict=True)), (x,))
+        return found
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 2, 2, dtype=F64, requires_grad=True)
+    weights = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+    assert torch.autograd.gradgradcheck(value, (x, *weights), atol=1e-5, fast_mode=True)
+
+
+def test_second_derivatives_with_frozen_kernels() -> None:
+    layer = KINDS["two grids"]().double()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not name.startswith(("recurrent.A", "recurrent.a", "recurrent.d")))
+    x = torch.randn(1, 1, 4, 4, dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert layer.recurrent.B[0].grad is not None
+    assert layer.recurrent.A[0].grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_may_follow_each_other(kind: str) -> None:
+    layer, x = KINDS[kind](), torch.randn(2, 1, 4, 4)
+    with torch.inference_mode():
+        first = layer(x).clone()
+        layer.solve(x, tol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
+        layer.solve(x, tol=1e-3)
+    layer(x).sum().backward()
+    layer.eval()(x).sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_samples(kind: str) -> None:
+    layer, x = KINDS[kind](), torch.randn(2, 1, 4, 4)
+    found, whole = layer.solve(x[:0]), layer.solve(x, tol=1e-3)
+    assert found.value.shape == (0, whole.value.shape[1])
+    assert found.error_bound.shape == (0,)
+
+
+def test_a_step_is_searched_again_for_other_weights() -> None:
+    kernel = torch.randn(2, 2, 3, 3)
+    memory = Memory.after(None, Tuning(1.0, None, None), kernel)
+    assert memory.lasts(kernel * 1.01)
+    assert not memory.lasts(kernel * 5)
+
+
+def test_what_lowering_moved_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel lowered once more lies further from its codes, in float32 by more than was asked for."""
+    torch.manual_seed(0)
+    layer = eq.quantize(eq.MonConv2d(1, 2, 3), eq.Structured(bits=3))
+    margin, rounds = float(layer.recurrent.margin), []  # type: ignore[union-attr, arg-type]
+
+    def short(_: TierOperator) -> float:
+        rounds.append(1)
+        return margin - (1e-15 if len(rounds) < 4 else 0.0)
+
+    before = layer.recurrent.operator(layer.geometry, torch.zeros(1)).representation_error
+    monkeypatch.setattr(quantized_tiers.TierOperator, "margin", short)
+    after = layer.recurrent.operator(layer.geometry, torch.zeros(1)).representation_error
+    assert len(rounds) == 4
+    assert after > before + 1e-8
+
+
+def test_rates_near_one_and_near_zero() -> None:
+    """W = (1 − m) I: every constant is known exactly."""
+    m, size = 0.7, (2, 2)
+    kernel = torch.full((1, 1, 1, 1), 1 - m, dtype=F64)
+    operator = TierOperator(Kernels((kernel,)), Geometry((1, 1)[:1], (size,), 0))
+    exact = 1 - float(kernel)
+    for alpha in (1e-12, 1e-6, 1.0, 1 / exact, 1e6):
+        for found, true in (
+            (operator.cayley_bound(alpha), abs(1 - alpha * exact) / (1 + alpha * exact)),
+            (operator.forward_bound(alpha), abs(1 - alpha * exact)),
+        ):
+            assert found is None or found >= true * (1 - 1e-15)
+    F = (1 - kernel).reshape(1, 1, 1).to(torch.complex128)
+    assert not contracts(F, 1e-12, 1 - 1.5e-12, 0.0)
+    assert contracts(F, 1e-12, 1 - 1e-12, 0.0)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e160, 1e300])
+def test_steps_beyond_reason_prove_nothing(alpha: float) -> None:
+    for solver in (eq.PeacemanRachford(alpha=alpha), eq.ForwardBackward(alpha=alpha)):
+        assert eq.certify(KINDS["one grid"](solver=solver)).rate is None
+
+
+def test_images_that_the_injection_wraps_around() -> None:
+    layer = eq.NEMONConv2d(1, 2, kernel_size=5)
+    with pytest.raises(InputError, match=r"1×3.*2 pixels"):
+        layer(torch.zeros(1, 1, 1, 3))
+    assert layer(torch.zeros(1, 1, 2, 3)).shape == (1, 2, 2, 3)
+
+
+@pytest.mark.parametrize("scheme", [eq.Structured(bits=2), eq.Assembled(bits=2), eq.Compensated(bits=2)], ids=str)
+def test_kernels_of_one_entry(scheme: eq.Scheme) -> None:
+    small = eq.quantize(eq.MonConv2d(1, 1, 4, kernel_size=1), scheme)
+    assert math.isfinite(small.margin())  # type: ignore[operator]
+    assert eq.size(small) > 0
+    assert copy.deepcopy(small)(torch.zeros(1, 1, 4, 4)).shape == (1, 1, 4, 4)
