@@ -133,7 +133,7 @@ def test_codes_that_are_exactly_singular_are_not_certified() -> None:
         layer = layer_of(torch.zeros(n, n, dtype=F64))
         codes = torch.eye(n, dtype=torch.int64) - A.T @ A + B - B.T
         layer.recurrent = AssembledWeight(QuantizedTensor.from_codes(codes, torch.tensor(1.0), 8))
-        assert -1e-12 * n < eq.margin(layer) <= 0
+        assert -1e-12 * n < layer.operator.euclidean_margin() <= 0
         if eq.certify(layer).family == "l2":  # else its row sums prove what the Euclidean margin cannot
             check_constants(layer)
 
@@ -181,6 +181,8 @@ def test_three_forms_of_the_perturbation_theorem() -> None:
         scheme = (eq.Assembled if i % 3 else eq.Structured)(random.choice([1, 2, 4, 8, 16]))
         quantized = eq.quantize(model, scheme)
         c, m, W = eq.certify(quantized, model), eq.margin(model), exact(model.weight.detach().double())
+        if c.family != "l2":  # proved by its rows, and all is in another norm
+            continue
         codes, used = stored(quantized), exact(quantized.weight.double())
         for tilde in (codes, used):
             assert at_most(tilde - W, q(c.delta_norm))

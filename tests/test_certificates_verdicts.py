@@ -34,7 +34,7 @@ def dense(*rows: list[float], **options: Any) -> eq.MonDEQ:
     [
         ([[-8.0, 0.0], [0.0, 0.5]], [[1.0, 1.0]], "certified"),
         ([[-8.0, 0.0], [0.0, 0.5]], None, "certified"),
-        ([[0.0, 4.0], [0.0, 0.0]], None, "unknown"),  # triangular: well posed, but not in the 2-norm
+        ([[0.0, 4.0], [0.0, 0.0]], None, "certified"),  # triangular: not in the 2-norm, but in a maximum norm
         ([[0.0, 4.0], [-0.3, 0.0]], [[1.0, 1.0], [-1.0, 2.0]], "converged"),  # no norm says so, and yet
         ([[0.0, 4.0], [-0.3, 0.0]], None, "unknown"),
         ([[2.0]], [[1.0], [-1.0]], "diverged"),  # z = relu(2z + 1) has no solution
@@ -296,10 +296,13 @@ def test_input_lipschitz() -> None:
     W = coded[0].input_weight.double()
     assert eq.input_lipschitz(coded) >= float(torch.linalg.matrix_norm(W, 2)) / 0.5 * (1 - 1e-14)
     assert eq.input_lipschitz(dense([1.5])) is None
-    assert eq.input_lipschitz(nn.Sequential(nn.Softplus(beta=3.0), layer)) == pytest.approx(6.0, rel=1e-12)
-    jump = nn.Softplus(threshold=2.0)
-    assert float(jump(torch.tensor(2.0)) - jump(torch.tensor(2.1))) > 0  # torch's function falls here
-    assert eq.input_lipschitz(nn.Sequential(jump, layer)) is None
+    for jump in (nn.Softplus(beta=3.0), nn.Softplus(threshold=2.0)):  # torch's function falls at its threshold
+        at = torch.tensor(jump.threshold / jump.beta, dtype=torch.float64)
+        assert float(jump(at) - jump(torch.nextafter(at, at + 1))) > 0
+        jumping = nn.Sequential(jump, layer, nn.Linear(2, 2))
+        assert eq.input_lipschitz(jumping) is eq.input_lipschitz(jumping, "linf") is None
+        for norm in ("l2", "linf"):
+            assert eq.certified_radius(jumping, torch.ones(3, 1), norm).tolist() == [0.0] * 3
 
 
 # The published checkpoint

@@ -86,6 +86,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "_images",
         "data",
         "robust",
+        "robust_loss",
         "_codecs",
         "files",
         "importers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,34 @@ def test_train_makes_a_nemon(tmp_path: Path, capsys: Capsys) -> None:
     assert after < before / 2
 
 
+def test_train_goes_on_from_a_nemon_with_boxes_and_through_codes(folder: Path, tmp_path: Path, capsys: Capsys) -> None:
+    found = run_json(
+        capsys, "train", "--model", "nemon", "--from", folder / "float", "--eps-inf", "0.03", "--eps-share", "0.3",
+        "--eps-ramp", "0", "--scheme", "structured", "--bits", "3", "--epochs", "1", "--out", tmp_path / "more",
+    )  # fmt: skip
+    assert found["certified"]
+    assert found["bits"] == 3
+    assert found["margin"] >= 0.2 - 1e-7  # the file's own gamma
+    assert isinstance(eq.load(tmp_path / "more")[0], eq.NEMON)
+
+
+def test_the_attack_is_quiet(folder: Path) -> None:
+    data, model = load_data("digits"), eq.load(folder / "float")
+    model[0].backward_tol, model[0].solver = 1e-12, eq.PeacemanRachford(max_steps=12)
+    ball = eq.PixelBall(0.05, data.preprocessing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eq.pgd(model, data.test.x[:20], data.test.y[:20], ball, 3)
+    with pytest.warns(eq.ConvergenceWarning):
+        model(data.test.x[:20].clone().requires_grad_()).sum().backward()
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ["--gamma", "0.5"],
+        ["--model", "nemon", "--eps-share", "0.5"],
+        ["--model", "nemon", "--eps-inf", "0.1", "--eps-ramp", "2"],
         ["--lipschitz-weight", "1"],
         ["--eps-inf", "0.1"],
         ["--model", "nemon", "--gamma", "1"],

@@ -41,7 +41,8 @@ from .penalties import MarginPenalty
 from .qat import convert, prepare_qat
 from .quantization import Assembled, Cayley, Compensated, Scheme, Structured
 from .quantize import quantize, size
-from .robust import PixelBall, RobustLoss, Robustness, lipschitz_loss, pgd, robustness
+from .robust import PixelBall, Robustness, pgd, robustness
+from .robust_loss import RobustLoss, lipschitz_loss
 from .solvers import (
     Anderson,
     Broyden,

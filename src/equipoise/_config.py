@@ -12,7 +12,7 @@ from .data import Batches, Split
 from .errors import OptionError
 from .layers.arguments import check_tol
 from .penalties import MarginPenalty
-from .robust import RobustLoss
+from .robust_loss import RobustLoss
 
 __all__ = ["TrainingConfig"]
 

@@ -52,6 +52,11 @@ def _number(value: float) -> float:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
+def _as_held(value: float, like: Tensor) -> float:
+    """``value``, infinite where the dtype of ``like`` holds no number as large."""
+    return value if abs(value) <= torch.finfo(like.dtype).max else math.copysign(math.inf, value)
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)
@@ -231,7 +236,7 @@ class Hardtanh(Activation):
         _check(_number(self.low) < _number(self.high), f"Hardtanh needs low < high, got [{self.low}, {self.high}]")
 
     def __call__(self, v: Tensor) -> Tensor:
-        return v.clamp(self.low, self.high)
+        return v.clamp(_as_held(self.low, v), _as_held(self.high, v))
 
     def prox(self, v: Tensor, alpha: float) -> Tensor:
         return self(v)
@@ -253,7 +258,7 @@ class SoftThreshold(Activation):
         return self.prox(v, 1.0)
 
     def prox(self, v: Tensor, alpha: float) -> Tensor:
-        width = alpha * self.threshold
+        width = _as_held(alpha * self.threshold, v)
         return v - v.clamp(-width, width)
 
     def derivative(self, v: Tensor) -> Tensor:

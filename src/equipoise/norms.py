@@ -21,7 +21,7 @@ from torch import Tensor
 from . import verified
 from .errors import InputError
 
-__all__ = ["EUCLIDEAN", "Euclidean", "Norm", "WeightedMax", "WeightedSum", "metzler", "perron"]
+__all__ = ["EUCLIDEAN", "Euclidean", "Norm", "WeightedMax", "WeightedSum", "best_family", "metzler", "perron"]
 
 SPREAD = 2.0**400
 """Largest ratio of two weights: products with them stay far from underflow."""
@@ -251,6 +251,14 @@ def perron(W: Tensor, error: float = 0.0) -> tuple[Tensor, float]:
             image = M @ start - shift * start
             abscissa, start = float(image.sum() / start.sum()) + shift, image / max(float(image.max()), 1e-300)
     return _resolvent(M, abscissa, start, error / size), abscissa * size
+
+
+def best_family(W: Tensor, error: float = 0.0) -> tuple[WeightedMax, float]:
+    """(the maximum norm of :func:`perron`, the spectral abscissa) of ``W (n, n)``, whose rows are known to 2-norm
+    ``error``: with weights that are no more uneven than W's rounding to float32 could pay for."""
+    rounding = 2.0**-24 * float(_exact(W).abs().sum(1).max()) if len(W) else 0.0
+    eta, abscissa = perron(W, max(error, rounding))
+    return WeightedMax(eta), abscissa
 
 
 def _eigenvectors(M: Tensor) -> tuple[Tensor, Tensor] | None:

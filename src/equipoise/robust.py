@@ -1,4 +1,4 @@
-"""Robustness in pixel units: certified, attacked, and trained for (theory §7).
+"""Robustness in pixel units: certified and attacked (theory §7).
 
 ε is a distance in pixels scaled to [0, 1]: with x = (pixel − mean)/std a network sees perturbations of at most ε/std.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -16,29 +17,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .certificates import certified_classes
-from .certificates.displacement import evaluated
 from .data import Preprocessing, Split
-from .errors import InputError, OptionError, StructureError
-from .layers.box import box_equilibrium, box_linear
-from .layers.chain import EQUILIBRIUM, chain, final_head
-from .layers.equilibrium import EquilibriumLayer
-from .layers.linear import PreparedLinear, QuantizedLinear, affine
-from .norms import WeightedMax
+from .errors import ConvergenceWarning, InputError, OptionError, StructureError
+from .layers.chain import EQUILIBRIUM, final_head
+from .layers.linear import affine
 
 __all__ = [
     "PixelBall",
-    "RobustLoss",
     "Robustness",
     "check_eps",
-    "lipschitz_loss",
     "pgd",
     "robustness",
-    "worst_scores",
 ]
 
-LINEAR = (nn.Linear, QuantizedLinear, PreparedLinear)
-ROUNDING = 1e-6
-"""Of x in float32, relative to its size: how far a pixel may seem to lie outside [0, 1]."""
+ROUNDING = 2.0**-20
+"""Of float32 preprocessing, times (1 + |mean|)/std. With u = 2⁻²⁴ a pixel of [0, 1] is scaled to within 5u (its own
+rounding, the scale's, a product with its inverse), loses 2u (1 + |mean|) to the rounded mean and the difference, and
+3u (1 + |mean|) to the division by a rounded std: below 16u in all, second orders included."""
 
 
 @final
@@ -61,27 +56,35 @@ class PixelBall:
         check_eps(self.eps)
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(low, high) ``(B, d)`` in float64 for preprocessed ``x (B, d)``, rounded outwards.
+        """(low, high) ``(B, d)`` in float64 for preprocessed ``x (B, d)``: what certificates need.
+
+        Contains whatever the float32 preprocessing makes of an image within ``eps`` of any image of which it made x,
+        and the exact ball: the rounding of both is counted. With ``eps`` 0 that is x itself.
 
         Raises:
             InputError: x of another size, or with entries that are no pixels in [0, 1] after this preprocessing.
         """
-        black, white, std = self._ends(x)
+        return self._around(x, 2.0 if self.eps else 0.0)
+
+    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, high) ``(B, d)`` in float64 of the exact ball: what attacks may use. Raises as :meth:`box`."""
+        return self._around(x, 0.0)
+
+    def _around(self, x: Tensor, roundings: float) -> tuple[Tensor, Tensor]:
+        black, white, slack, std = self._ends(x)
         x = x.detach().to("cpu", torch.float64)
-        slack = ROUNDING * (1 + black.abs().maximum(white.abs()))
         if bad := int(((x < black - slack) | (x > white + slack)).sum()):
             raise InputError(
                 f"{bad} of {x.numel()} entries are outside [{float(black.min()):.4g}, {float(white.max()):.4g}], where "
                 f"pixels lie after {self.preprocessing}: give inputs preprocessed that way, and eps in pixels of [0, 1]"
             )
-        reach = self.eps / std * (1 + 1e-15)
-        infinity = torch.full_like(x, math.inf)
-        low, high = torch.nextafter(x - reach, -infinity), torch.nextafter(x + reach, infinity)
-        low, high = low.maximum((black - slack).expand_as(x)), high.minimum((white + slack).expand_as(x))
+        outward = roundings * slack  # of the given pixels and of the perturbed ones
+        reach = self.eps / std * (1 + 1e-12) + outward if roundings else self.eps / std
+        low, high = (x - reach).maximum(black - outward), (x + reach).minimum(white + outward)
         return low.minimum(x), high.maximum(x)
 
-    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Black, white and std ``(d,)``, in what the network is fed."""
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Black, white, the rounding of preprocessing and std ``(d,)``, in what the network is fed."""
         p = self.preprocessing
         if x.ndim != 2 or x.shape[1] != p.features:
             raise InputError(f"x is {tuple(x.shape)}; (batch, {p.features}) is what {p} makes")
@@ -90,7 +93,7 @@ class PixelBall:
             torch.as_tensor(value, dtype=torch.float64).expand(channels).repeat_interleave(p.features // channels)
             for value in (p.mean, p.std)
         )
-        return -mean / std, (1 - mean) / std, std
+        return -mean / std, (1 - mean) / std, ROUNDING * (1 + mean.abs()) / std, std
 
 
 def check_eps(eps: float) -> float:
@@ -158,7 +161,7 @@ def robustness(
 
     Raises:
         OptionError: eps outside [0, 1].
-        InputError: an empty split; inputs that are no preprocessed pixels.
+        InputError: an empty split; inputs that are no preprocessed pixels; labels that are no classes of the model.
         NotWellPosedError, StructureError: as :func:`equipoise.certified_classes`.
     """
     ball = PixelBall(eps, preprocessing)
@@ -166,6 +169,7 @@ def robustness(
         raise InputError("an empty split has no robustness: give at least one sample")
     x, y = split.x, split.y.cpu()
     low, high = ball.box(x)
+    _check_classes(model, y, reference)
     proved = certified_classes(model, low, high)
     certified = proved == y
     agreeing = None
@@ -186,6 +190,19 @@ def robustness(
         certified,
         agreeing,
     )
+
+
+def _check_classes(model: nn.Module, y: Tensor, reference: nn.Module | None) -> None:
+    counts = []
+    for network in (model,) if reference is None else (model, reference):
+        name = final_head(network)
+        if name is None:
+            raise StructureError("classes are proved of a model that ends in one linear module; this one does not")
+        counts.append(int(affine(network.get_submodule(name))[0].shape[0]))
+    if len(set(counts)) > 1:
+        raise StructureError(f"the model has {counts[0]} classes, the reference {counts[1]}: not the same task")
+    if bad := int(((y < 0) | (y >= counts[0])).sum()):
+        raise InputError(f"{bad} of {len(y)} labels are no classes of the model, 0 to {counts[0] - 1}")
 
 
 @torch.no_grad()
@@ -209,23 +226,25 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int = 20
     """Projected gradient ascent on the cross-entropy: points ``(B, d)`` of the ball of each ``x (B, d)``.
 
     Starts at random in the ball; steps of 2.5 ε/steps by the gradient's sign; of every sample the point with the
-    smallest lead of its class ``y (B,)`` is kept. What it finds bounds robust accuracy from above.
+    smallest lead of its class ``y (B,)`` is kept. What it finds bounds robust accuracy from above. A gradient that did
+    not settle is an ascent direction as good as any: nothing is warned of.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise OptionError(f"steps is {steps!r}; it is a positive integer")
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
+    parts = zip(x.split(2048), y.split(2048), strict=True)
     try:
-        return torch.cat(
-            [_ascend(model, a, b, ball, steps, generator) for a, b in zip(x.split(2048), y.split(2048), strict=True)]
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return torch.cat([_ascend(model, a, b, ball, steps, generator) for a, b in parts])
     finally:
         model.train(was_training)
 
 
 def _ascend(model: nn.Module, x: Tensor, y: Tensor, ball: PixelBall, steps: int, generator: torch.Generator) -> Tensor:
-    low, high = ball.box(x)
+    low, high = ball.inner(x)
     like = _like(model, x[:0])
     # inside the ball also where it is rounded to the model's dtype
     lo, hi = torch.nextafter(low.to(like), high.to(like)), torch.nextafter(high.to(like), low.to(like))
@@ -251,114 +270,3 @@ def _lead(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     scores = model(x)
     own = scores.gather(1, y[:, None])[:, 0]
     return own - scores.scatter(1, y[:, None], -math.inf).amax(1)
-
-
-# Training
-
-
-def worst_scores(model: nn.Module, low: Tensor, high: Tensor, y: Tensor) -> Tensor:
-    """Scores ``(B, k)`` relative to that of class ``y (B,)``, each as large as it gets over the box: 0 at y itself.
-
-    Differentiable: boxes through linear modules, monotone activations and equilibria (implicitly); a bound up to the
-    solver's tolerance and rounding, as training needs it. All entries negative: the class is kept.
-    """
-    head = final_head(model, prepared=True)
-    if head is None:
-        raise StructureError("training on boxes needs a model that ends in one linear module")
-    for name, module in chain(model, prepared=True):
-        if name == head:
-            break
-        if isinstance(module, EquilibriumLayer):
-            injection: Any = module.injection
-            low, high = box_equilibrium(module, *box_linear(injection, low, high))
-        elif isinstance(module, LINEAR):
-            low, high = box_linear(module, low, high)
-        else:
-            low, high = evaluated(module, low), evaluated(module, high)
-    V, c = affine(model.get_submodule(head))
-    center, radius = (low + high) / 2, (high - low) / 2
-    scores = torch.nn.functional.linear(center, V, c)
-    # |V_j − V_y| r for every j, by the class of the sample
-    spread = torch.einsum("bkn,bn->bk", (V[None] - V[y][:, None]).abs(), radius)
-    return scores - scores.gather(1, y[:, None]) + spread
-
-
-def lipschitz_loss(model: nn.Module) -> Tensor:
-    """The ℓ∞ Lipschitz bound of the whole model as computed, differentiable: a regularizer (theory §7 [JDPB21]).
-
-    Row by row, max_k Σ_j |V_kj| η_j · max_i (Σ_j |U_ij|/η_i)/(1 − μ_i) for a NEMON layer between linear ones. What is
-    proved of the model is :func:`equipoise.input_lipschitz`, which is never larger but for rounding.
-    """
-    bound: Tensor | None = None
-    for _, module in chain(model, prepared=True):
-        if isinstance(module, EquilibriumLayer):
-            U, _ = affine(module.injection)
-            bound = _layer_reach(module, U.abs().sum(1) if bound is None else U.abs() @ bound)
-        elif isinstance(module, LINEAR):
-            W, _ = affine(module)
-            bound = W.abs().sum(1) if bound is None else W.abs() @ bound
-    assert bound is not None
-    return bound.amax()
-
-
-def _layer_reach(layer: EquilibriumLayer, q: Tensor) -> Tensor:
-    """η · max_i (q_i/η_i)/(1 − μ_i) for q ``(n,)`` >= 0, with its graph."""
-    recurrent: Any = layer.recurrent
-    weights = getattr(recurrent, "weights", recurrent)
-    W, family = layer.operator.weight, layer.operator.family
-    if not isinstance(family, WeightedMax):
-        raise StructureError(f"the ℓ∞ Lipschitz loss is of NEMON layers; {type(layer).__name__} has another norm")
-    d = getattr(weights, "d", None)
-    eta = family.eta.to(W) if d is None else torch.exp(d.detach().min() - d)
-    off = W.abs() - torch.diag(W.diagonal().abs())
-    margins = 1 - W.diagonal() - (off @ eta) / eta
-    return eta * (q / eta / margins.clamp_min(1e-3)).amax()
-
-
-@final
-@dataclass(frozen=True)
-class RobustLoss:
-    """What training adds for robustness: cross-entropy of the worst scores over boxes, and a Lipschitz term.
-
-        (1 − κ) CE(scores) + κ CE(worst scores within ε_t) + lipschitz_weight · Lipschitz bound
-
-    ε_t grows linearly from 0 to ``eps`` over the first ``ramp`` of the training, κ to ``share`` with it.
-
-    Args:
-        eps: in pixels scaled to [0, 1]; 0 leaves the boxes out.
-        share: κ at the end, in [0, 1].
-        ramp: part of the training until both are reached, in [0, 1].
-        lipschitz_weight: 0 or more.
-
-    Raises :class:`OptionError` for a value outside its range.
-    """
-
-    eps: float = 0.0
-    share: float = 0.5
-    ramp: float = 0.5
-    lipschitz_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
-        for name in ("share", "ramp"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise OptionError(f"{name} is {value!r}; give a part from 0 to 1")
-        weight = self.lipschitz_weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise OptionError(f"lipschitz_weight is {weight!r}; give 0 or a positive number")
-
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, scores: Tensor, progress: float, preprocessing: Preprocessing
-    ) -> Tensor:
-        """The loss of a batch, ``progress`` of the training in [0, 1] done; ``scores`` are the model's of ``x``."""
-        grown = 1.0 if self.ramp == 0 else min(progress / self.ramp, 1.0)
-        loss = cross_entropy(scores, y)
-        if self.eps and grown:
-            low, high = PixelBall(self.eps * grown, preprocessing).box(x)
-            worst = worst_scores(model, low.to(x), high.to(x), y)
-            share = self.share * grown
-            loss = (1 - share) * loss + share * cross_entropy(worst, y)
-        if self.lipschitz_weight:
-            loss = loss + self.lipschitz_weight * lipschitz_loss(model)
-        return loss

@@ -26,13 +26,15 @@ from ..layers.box import box_equilibrium, doubled
 from ..layers.chain import chain
 from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
-from ..norms import WeightedMax, perron
+from ..norms import WeightedMax, best_family
 from ..operators import DenseOperator
 from .displacement import evaluated, softplus_fall
 from .rows import SLACK, Comparison
 from .wellposed import fresh_operator
 
-__all__ = ["Box", "interval", "linear_box", "module_box", "state_box"]
+__all__ = [
+    "Box", "affine_box", "as_box", "check_widths", "interval", "linear_box", "module_box", "outward", "state_box",
+]  # fmt: skip
 
 ATTEMPTS = 6
 """Times that a box is inflated before it is given up."""
@@ -82,10 +84,31 @@ def interval(model: nn.Module, low: Tensor, high: Tensor) -> Box:
         NotWellPosedError: an equilibrium layer without a proved measure below 1 (says the abscissa found).
         StructureError: an unsupported module.
     """
+    check_widths(model, low)
     box = as_box(low, high)
     for _, module in chain(model):
         box = module_box(module, box)
     return box
+
+
+def check_widths(model: nn.Module, x: Tensor) -> None:
+    """Raise :class:`InputError` unless ``x`` is a ``(B, d)`` as ``model`` takes it, and the model one in which proofs
+    are known."""
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        raise InputError("boxes and radii are of inputs (batch, features)")
+    width = x.shape[1]
+    for name, module in chain(model):
+        if isinstance(module, EquilibriumLayer):
+            takes, gives = module.in_features, module.features
+            if module.bias.dtype not in (torch.float32, torch.float64):
+                raise InputError(f"layer {name!r} is {module.bias.dtype}; float32 or float64 is needed: model.float()")
+        elif isinstance(module, (nn.Linear, QuantizedLinear)):
+            takes, gives = module.in_features, module.out_features
+        else:
+            continue
+        if takes != width:
+            raise InputError(f"module {name!r} takes (batch, {takes}); it is given (batch, {width})")
+        width = gives
 
 
 def as_box(low: Tensor, high: Tensor) -> Box:
@@ -109,10 +132,10 @@ def module_box(module: nn.Module, box: Box) -> Box:
     low, high = evaluated(module, box.low), evaluated(module, box.high)
     ulps = 2048 if isinstance(module, nn.Softplus) else 16
     slips = [ulps * verified.UNIT * t.abs() + verified.TINY * 64 + softplus_fall(module) for t in (low, high)]
-    return _outward(low, high, *slips)
+    return outward(low, high, *slips)
 
 
-def _outward(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Box:
+def outward(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Box:
     """The box with its ends moved outwards by at least so much; unknown ends are infinite."""
     # a sum that overflowed may stand for any number
     lo = (low - below * SLACK).where(low < math.inf, -math.inf).nan_to_num(-math.inf)
@@ -143,7 +166,7 @@ def affine_box(W: Tensor, b: Tensor, box: Box, e_W: float = 0.0, e_b: float = 0.
     spread = spread + gamma * b.abs() + verified.TINY * 8 * (W.shape[1] + 1) * (1 + float(W.abs().sum()))
     spread = spread + (e_W * verified.row_norms(size) + e_b)[:, None]
     middle = center @ W.mT + b
-    return _outward(middle, middle, spread, spread)
+    return outward(middle, middle, spread, spread)
 
 
 def state_box(layer: EquilibriumLayer, q: Box) -> Box:
@@ -181,8 +204,7 @@ def _family_of(operator: DenseOperator) -> WeightedMax:
     if isinstance(operator.family, WeightedMax) and operator.margin() > 0:
         return operator.family
     W, error = operator.matrix64()
-    eta, abscissa = perron(W, max(error, 2.0**-24 * float(W.abs().sum(1).max())) if len(W) else 0.0)
-    family = WeightedMax(eta)
+    family, abscissa = best_family(W, error)
     margin = family.margin(W, error)
     if margin <= 0:
         raise NotWellPosedError(
@@ -205,8 +227,8 @@ class _Check:
     def rounding(self, u: Tensor) -> Tensor:
         """Bounds ``(B,)`` on the error of every entry of 𝕎 u + q̂."""
         length = verified.row_norms(u)
-        products = self.gamma * (self.size * length + verified.row_norms(self.q))
-        return (products + self.error * length * 2 + verified.TINY * 64 * (len(self.matrix) + 1) ** 2) * SLACK
+        products = self.gamma * (self.size * length + verified.row_norms(self.q)) + self.error * length * 2
+        return (products + verified.TINY * 64 * (len(self.matrix) + 1) ** 2 * (1 + self.size)) * SLACK
 
     def above(self, u: Tensor) -> Tensor:
         """An upper bound of σ̂(𝕎 u + q̂), entry by entry."""

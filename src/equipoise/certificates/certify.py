@@ -14,7 +14,7 @@ from ..errors import InputError, OptionError, StructureError
 from ..layers import NEMONConv2d
 from ..layers.arguments import check_finite
 from ..layers.chain import any_layers, chain, equilibrium_layers, final_head
-from ..layers.equilibrium import EquilibriumLayer, family_of
+from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from ..operators import DenseOperator
@@ -124,7 +124,7 @@ def _layer_certificate(
     operator = proofs.quantized
     margin, lipschitz = operator.margin(), operator.lipschitz()
     certified = margin > 0
-    alpha, rate = solver_rate(layer.solver, operator, family_of(layer.recurrent))
+    alpha, rate = solver_rate(layer.solver, operator)
     scheme = layer.scheme
     found = Certificate(
         certified=certified,

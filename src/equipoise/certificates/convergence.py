@@ -8,7 +8,7 @@ import torch
 
 from .. import verified
 from ..errors import NotWellPosedError, OptionError, StructureError
-from ..norms import Euclidean, Norm, WeightedMax
+from ..norms import WeightedMax
 from ..operators import DenseOperator
 from ..operators.conv import ConvOperator
 from ..solvers import (
@@ -45,22 +45,15 @@ def _below_one(rate: float) -> float | None:
     return bound if bound < 1 else None
 
 
-def solver_rate(
-    solver: Solver, operator: DenseOperator, tuned_in: Norm | None = None
-) -> tuple[float | None, float | None]:
+def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, float | None]:
     """(α, ρ): the step the solver takes on this operator and a proved bound ρ < 1 of its factor, or None.
-
-    ``tuned_in``: the family in which the layer tunes its solver, where that is another than the one that proves.
 
     Peaceman–Rachford ‖C_α‖₂, Douglas–Rachford (1 + ‖C_α‖₂)/2, forward–backward ‖(1 − α) I + αW‖₂, Picard
     1 − α + α‖W‖₂ for α <= 1, Tseng √(1 − pq/(p + q)) with p = 1 − α²L², q = 2αm (from its descent inequality
     and strong monotonicity). Nothing is proved of Anderson and Broyden.
     """
-    tuning = operator
-    if isinstance(tuned_in, Euclidean) and not isinstance(operator.family, Euclidean):
-        tuning = DenseOperator(operator.weight, exact=operator.matrix64())
     try:
-        alpha = solver.tune(tuning).alpha
+        alpha = solver.tune(operator).alpha
     except (NotWellPosedError, OptionError):  # I + α(I − W) is singular, or α too long a step for these weights
         return solver.alpha, None
     if isinstance(operator.family, WeightedMax):

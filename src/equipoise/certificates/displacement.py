@@ -128,6 +128,7 @@ class Entries(NamedTuple):
     """The same bounds entry by entry, ``(B, n)`` each, after a layer whose guarantee is one of rows."""
 
     error_q: Tensor
+    error_r: Tensor
     displacement: Tensor
     to_reference: Tensor
 
@@ -208,7 +209,7 @@ def equilibrium_trace(quantized: Side, reference: Side, before: Trace, known: di
 def _trace_rows(from_q: tuple[Tensor, Tensor, Tensor], from_r: tuple[Tensor, Tensor, Tensor]) -> Trace:
     (p, own_q, to_r), (p_r, own_r, to_q) = from_q, from_r
     displacement = torch.minimum(to_r + own_q, to_q + own_r) * SLACK
-    entries = Entries(own_q, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
+    entries = Entries(own_q, own_r, displacement, torch.minimum(to_r, (displacement + own_q) * SLACK))
     error_q, error_r = verified.row_norms(own_q), verified.row_norms(own_r)
     return Trace(
         p, p_r, error_q, error_r, verified.row_norms(displacement), verified.row_norms(entries.to_reference), entries
@@ -280,13 +281,17 @@ def agreement(quantized: nn.Linear | QuantizedLinear, reference: nn.Linear | Qua
     """Which inputs ``(B,)`` provably get the reference's class through the final heads (theory §5).
 
     With p the computed quantized state and i its top class under the float head: gap_ij > ‖V_i − V_j‖₂ · bound for
-    every j, with the bound on ‖p − z*‖ for the float head and on ‖p − z̃*‖ for the quantized one.
+    every j, with the bound on ‖p − z*‖ for the float head and on ‖p − z̃*‖ for the quantized one. Entry by entry also
+    where each network's own equilibrium, within its own error, settles the class under its own head.
     """
     p, entries = before.quantized, before.entries
     top = _scores(reference, p).argmax(1)
     if entries is None:
         return _settled(reference, p, top, before.to_reference) & _settled(quantized, p, top, before.error_q)
-    return _settled(reference, p, top, entries.to_reference) & _settled(quantized, p, top, entries.error_q)
+    moved = _settled(reference, p, top, entries.to_reference) & _settled(quantized, p, top, entries.error_q)
+    top = _scores(quantized, p).argmax(1)
+    both = _settled(quantized, p, top, entries.error_q)
+    return moved | (both & _settled(reference, before.reference, top, entries.error_r))
 
 
 def _scores(head: nn.Linear | QuantizedLinear, p: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ def iterate_floor(layer: MonDEQ, x: Tensor, solver: Rounded | None = None, steps
         raise OptionError(f"steps is {steps!r}; it is a positive integer, or None for the limit")
     _check_inputs(layer, x)
     proved = fresh_operator(layer)
-    if proved.margin() <= 0:
-        raise NotWellPosedError(f"the layer has the margin {proved.margin():.6g}; nothing contracts", proved.margin())
+    if (margin := proved.euclidean_margin()) <= 0:
+        raise NotWellPosedError(f"the layer has the Euclidean margin {margin:.6g}; nothing contracts", margin)
     with torch.no_grad(), torch.autocast(layer.bias.device.type, enabled=False):
         machine = layer.operator
         machines = [machine]

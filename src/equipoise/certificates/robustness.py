@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .. import verified
 from ..errors import InputError, OptionError, StructureError
 from ..layers.chain import chain, equilibrium_layers, final_head
-from ..layers.equilibrium import EquilibriumLayer, family_of
+from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from . import displacement as moved
-from .boxes import Box, affine_box, as_box, module_box
+from .boxes import Box, affine_box, as_box, check_widths, module_box, outward
 from .rows import SLACK, Comparison
 from .wellposed import euclidean_lipschitz, fresh_operator
 
@@ -42,6 +42,7 @@ def certified_classes(model: nn.Module, low: Tensor, high: Tensor) -> Tensor:
         InputError, NotWellPosedError: as :func:`equipoise.interval`.
     """
     head = _head(model)
+    check_widths(model, low)
     found = []
     for begin in range(0, max(len(low), 1), CHUNK):
         box = as_box(low[begin : begin + CHUNK], high[begin : begin + CHUNK])
@@ -81,7 +82,7 @@ def reach_of_inputs(model: nn.Module) -> Tensor:
 
     Entry by entry: a linear module carries r to |W| r, an equilibrium layer to (I − M)⁻¹ |U| r (theory §7), of a
     Euclidean layer without such a proof ‖ |U| r ‖₂/m; activations without weights leave r. Infinite where nothing is
-    proved.
+    proved, and where there is a torch softplus: it jumps at its threshold.
     """
     return _reach(model, final_head(model))
 
@@ -91,7 +92,7 @@ def _reach(model: nn.Module, stop: str | None) -> Tensor:
     for name, module in chain(model):
         if name == stop and stop is not None:
             break
-        if isinstance(module, nn.Softplus) and not module.threshold >= 20:
+        if isinstance(module, nn.Softplus):  # it jumps: see softplus_fall
             return torch.tensor([math.inf], dtype=torch.float64)
         if isinstance(module, EquilibriumLayer):
             assert isinstance(module.injection, (nn.Linear, QuantizedLinear))
@@ -136,7 +137,7 @@ def input_lipschitz(model: nn.Module, norm: Radius | None = None) -> float | Non
     layers = equilibrium_layers(model)
     if norm not in (None, "linf", "l2"):
         raise OptionError(f"norm is {norm!r}; give 'linf' or 'l2'")
-    euclidean = all(isinstance(family_of(layer.recurrent), Euclidean) for _, layer in layers)
+    euclidean = all(isinstance(fresh_operator(layer).family, Euclidean) for _, layer in layers)
     if norm == "l2" or (norm is None and euclidean):
         return euclidean_lipschitz(model)
     largest = float(_reach(model, None).max())
@@ -148,17 +149,19 @@ def certified_radius(model: nn.Module, x: Tensor, norm: Radius = "linf") -> Tens
     """Proved radii ``(B,)``: no x' with ‖x' − x‖ below it gets another class than x ``(B, d)``; 0 where none.
 
     From the Lipschitz bound: the score differences at x, divided by what a unit of perturbation can move them.
-    ``"linf"`` by :func:`reach_of_inputs`, ``"l2"`` by ‖U‖₂/m of Euclidean layers. Radii are in the units of x.
+    ``"linf"`` by :func:`reach_of_inputs`, ``"l2"`` by ‖U‖₂/m of Euclidean layers. Radii are in the units of x. Of a
+    model with a torch softplus, which jumps at its threshold, they are 0; :func:`equipoise.interval` takes those.
 
     Raises:
         OptionError: another norm.
-        StructureError: the model does not end in one linear head; "l2" with a NEMON layer.
+        StructureError: the model does not end in one linear head; "l2" with a layer that is proved in a maximum norm.
     """
     if norm not in ("linf", "l2"):
         raise OptionError(f"norm is {norm!r}; give 'linf' or 'l2'")
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point() or not bool(torch.isfinite(x).all()):
         raise InputError("x is no finite floating-point tensor (batch, features)")
     name, head = _head(model)
+    check_widths(model, x)
     reach, length = _sensitivity(model, name, norm)
     radii = [_radius(model, name, head, part, reach, length) for part in x.split(4 * CHUNK)]
     return torch.cat(radii) if radii else x.new_zeros(0, dtype=torch.float64)
@@ -175,13 +178,15 @@ def _sensitivity(model: nn.Module, head: str, norm: Radius) -> tuple[Tensor | No
         if isinstance(module, EquilibriumLayer):
             operator = fresh_operator(module)
             if not isinstance(operator.family, Euclidean):
-                raise StructureError("an l2 radius comes from a Euclidean margin; of a NEMON layer ask for 'linf'")
+                raise StructureError(
+                    "an l2 radius comes from a Euclidean margin; this layer is proved in a maximum norm: ask for 'linf'"
+                )
             bound = bound / operator.margin() * SLACK if operator.margin() > 0 else math.inf
             module = module.injection
         if isinstance(module, (nn.Linear, QuantizedLinear)):
             W, _, e_W, _ = affine64(module)
             bound = verified.up(bound * verified.spectral_norm(W, e_W))
-        elif isinstance(module, nn.Softplus) and not module.threshold >= 20:
+        elif isinstance(module, nn.Softplus):
             bound = math.inf
     return None, bound
 
@@ -212,7 +217,7 @@ def _radius(
     for i in top.unique().tolist():
         rows = top == i
         D, gap = V[i] - V, c[i] - c
-        known = Box(p[rows] - slip[rows] * SLACK, p[rows] + slip[rows] * SLACK)
+        known = outward(p[rows], p[rows], slip[rows], slip[rows])
         lost = verified.UNIT * float(verified.row_norms(D).max()), verified.UNIT * float(gap.abs().max())
         sure = affine_box(D, gap, known, 2 * e_V + lost[0], 2 * e_c + lost[1]).low.clamp_min(0.0)
         if reach is not None:

@@ -31,7 +31,8 @@ class Certificate:
 
     - ``certified``: m̃ > 0 is proved. ``verdict``: "certified"; else "converged" or "diverged" on the given inputs
       (an observation, not a proof); "unknown" without inputs.
-    - ``family``: the norm of what is proved, "l2" or, of a NEMON layer, "linf" (its ‖·‖_η; theory §7). ``measure`` >=
+    - ``family``: the norm of what is proved, "l2", or "linf" (some ‖·‖_η; theory §7) of a NEMON layer and of
+      weights without structure that only such a norm proves. ``measure`` >=
       μ(W̃) in that norm, and the margin is 1 − μ.
     - ``margin`` <= m̃, ``lipschitz`` >= L̃, ``condition`` >= L̃/m̃.
     - ``solver``, ``alpha``, ``rate``: the layer's solver, its step, and a proved factor of it; ``steps``: proved

@@ -20,7 +20,9 @@ from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
 from ..operators import DenseOperator, QuantizedWeight
 from ..operators.conv import ConvOperator
+from ..operators.dense import in_proving_norm
 from ..operators.quantized import AssembledWeight
+from ..parametrizations import Dense
 from ..solvers import ForwardBackward
 
 __all__ = [
@@ -41,7 +43,8 @@ def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
     with torch.no_grad():
         if isinstance(layer.recurrent, QuantizedWeight):
             return layer.recurrent.operator(layer.bias.detach())
-        return DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
+        operator = DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
+        return in_proving_norm(operator) if isinstance(layer.recurrent, Dense) else operator
 
 
 def fresh_kernel(layer: NEMONConv2d) -> ConvOperator:
@@ -57,7 +60,9 @@ def _fresh(layer: EquilibriumLayer | NEMONConv2d) -> DenseOperator | ConvOperato
 def margin(model: nn.Module) -> float:
     """A proved lower bound of m = λ_min(sym(I − W)), the smallest over the model's equilibrium layers.
 
-    Of a NEMON layer the margin is 1 − μ_η(W) in its weighted maximum norm: 1 − μ(W) in either family (theory §7).
+    Of a NEMON layer the margin is 1 − μ_η(W) in its weighted maximum norm: 1 − μ(W) in either family (theory §7). So it
+    is of weights without structure (``from_weights(check=False)``, Assembled codes) where no Euclidean margin is proved
+    and a maximum norm proves one: ``layer.operator.family`` and ``certify(layer).family`` name the norm.
 
     Holds for the matrix that the stored codes define and for the one multiplied by; of a float layer for W as the
     layer computes it in its own dtype (theory §1, §6).
@@ -66,15 +71,16 @@ def margin(model: nn.Module) -> float:
 
 
 def lipschitz(model: nn.Module) -> float:
-    """A proved upper bound of L = ‖I − W‖₂ (of a NEMON layer ‖I − W‖_η), the largest over the equilibrium layers."""
+    """A proved upper bound of L = ‖I − W‖₂ (‖I − W‖_η where that is the norm of the margin), the largest over the
+    equilibrium layers."""
     return max(_fresh(layer).lipschitz() for _, layer in any_layers(model))
 
 
 def euclidean_lipschitz(model: nn.Module) -> float | None:
     """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer [PWK21].
 
-    Linear modules on the way count with their norms. None where a layer has no proved Euclidean margin, and where a
-    torch softplus has a threshold below its default 20, since it jumps there (by 2e-9/β at 20, which is left out).
+    Linear modules on the way count with their norms. None where a layer has no proved Euclidean margin, and where there
+    is a torch softplus, which has no Lipschitz constant: it jumps at its threshold (by 2e-9 for the defaults).
     """
     bound = 1.0
     for _, module in chain(model):
@@ -87,7 +93,7 @@ def euclidean_lipschitz(model: nn.Module) -> float | None:
             bound = verified.up(bound * verified.up(_norm(module.injection) / m))
         elif isinstance(module, (nn.Linear, QuantizedLinear)):
             bound = verified.up(bound * _norm(module))
-        elif isinstance(module, nn.Softplus) and not module.threshold >= 20:
+        elif isinstance(module, nn.Softplus):
             return None
     return bound if math.isfinite(bound) else None
 

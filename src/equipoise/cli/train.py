@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..jobs import Job
     from ..penalties import MarginPenalty
     from ..quantization.schemes import Scheme
+    from ..robust_loss import RobustLoss
 
 __all__ = [
     "BatchSize",
@@ -81,6 +82,12 @@ def train(
     eps: Annotated[
         float, typer.Option("--eps-inf", help="Train on boxes of so much per pixel of [0, 1]; nemon only.")
     ] = 0.0,
+    eps_share: Annotated[
+        float | None, _option("Of the boxes' loss beside that of the images, 0 to 1; default 0.5.")
+    ] = None,
+    eps_ramp: Annotated[
+        float | None, _option("Part of the training in which boxes and share grow, 0 to 1; default 0.5.")
+    ] = None,
     lipschitz_weight: Annotated[float, typer.Option(help="Of the ℓ∞ Lipschitz bound in the loss; nemon only.")] = 0.0,
     epochs: Annotated[int | None, _option("Passes over the training split; default 12, or the preset's.")] = None,
     batch_size: BatchSize = 128,
@@ -120,15 +127,14 @@ def train(
     from ..data import load_data
     from ..demo import PRESETS
     from ..jobs import Job
-    from ..robust import RobustLoss
     from ..training import CHECKPOINT_NAME, TrainingConfig
 
     parts = {"input_bits": input_bits, "bias_bits": bias_bits, "head_bits": head_bits, "skew_bits": skew_bits}
     chosen = chosen_scheme(scheme, bits, {**parts, "granularity": granularity, "scale": scale}, margin_target)
-    robust = RobustLoss(eps, lipschitz_weight=lipschitz_weight) if eps or lipschitz_weight else None
+    robust = robust_loss(eps, eps_share, eps_ramp, lipschitz_weight)
     if model is not ModelName.nemon and (robust is not None or (gamma is not None and model is ModelName.mondeq)):
         raise OptionError("--gamma, --eps-inf and --lipschitz-weight are of maximum norms: add --model nemon")
-    measure = 0.95 if gamma is None and model is ModelName.nemon else gamma
+    measure = 0.95 if gamma is None and model is ModelName.nemon and start is None else gamma
     shape = preset_for(model, preset)
     config = TrainingConfig(
         (12 if shape is None else PRESETS[shape].epochs) if epochs is None else epochs,
@@ -197,6 +203,17 @@ def chosen_scheme(name: str | None, bits: int | None, options: dict[str, Any], t
 def decay(given: float | None, input_bits: int | None) -> float:
     """The weight decay: codes of one bit are signs, which decay only makes restless."""
     return given if given is not None else 0.1 if input_bits == 1 else 0.3
+
+
+def robust_loss(eps: float, share: float | None, ramp: float | None, lipschitz_weight: float) -> RobustLoss | None:
+    """What the options of robust training ask for."""
+    from ..robust_loss import RobustLoss
+
+    given = {name: value for name, value in {"share": share, "ramp": ramp}.items() if value is not None}
+    if given and not eps:
+        raise OptionError(f"--eps-{next(iter(given))} is of training on boxes: add --eps-inf, such as 0.1")
+    loss = RobustLoss(eps, lipschitz_weight=lipschitz_weight, **given)
+    return loss if loss.eps or loss.lipschitz_weight else None
 
 
 def penalty(target: float | None, ratio: float | None, weight: float | None) -> MarginPenalty | None:

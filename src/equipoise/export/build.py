@@ -154,8 +154,8 @@ def _reference(network: Network, own: Exact, reference: nn.Module | None) -> Ref
     exact = Exact.of(theirs.layer)
     if exact.margin <= 0:
         raise NotWellPosedError(
-            f"the reference has no proved positive margin (found {exact.margin:.6g}), "
-            "so it has no equilibrium to compare with",
+            f"the reference has no proved Euclidean margin (found {exact.margin:.6g}), "
+            "so no distance to its equilibrium is proved in the 2-norm",
             exact.margin,
         )
     return Reference(theirs, exact, "the reference network that was given, in exact arithmetic", False)

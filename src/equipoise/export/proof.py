@@ -37,7 +37,7 @@ class Exact:
         operator = fresh_operator(layer)
         W, e_W = operator.matrix64()
         U, b, e_U, e_b = affine64(layer.injection)  # type: ignore[arg-type]  # its two kinds, checked by the chain
-        return cls(W, e_W, U, e_U, b, e_b, operator.margin())
+        return cls(W, e_W, U, e_U, b, e_b, operator.euclidean_margin())  # all that follows is in the 2-norm
 
     def solution(self, box: Box) -> float:
         """Upper bound of ‖z*‖ over the box: ‖max(q, 0)‖/m (theory §10)."""

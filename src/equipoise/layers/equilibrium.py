@@ -17,6 +17,8 @@ from ..implicit import attach, equilibrate, report_failures
 from ..norms import EUCLIDEAN, Norm, WeightedMax
 from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
 from ..operators.base import product_rounding
+from ..operators.dense import in_proving_norm
+from ..parametrizations import Dense
 from ..quantization.schemes import Scheme
 from ..solvers import PeacemanRachford, Picard, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
@@ -112,7 +114,7 @@ class EquilibriumLayer(nn.Module, ABC):
     def operator(self) -> DenseOperator:
         """W as an operator; constants are computed once per weights, gradients flow through its products."""
         with keeping():
-            return self._operator(self._kept())
+            return self._proving(self._kept())
 
     def _kept(self) -> dict[Any, Any]:
         """What was derived from these weights."""
@@ -134,18 +136,26 @@ class EquilibriumLayer(nn.Module, ABC):
                 kept[key] = codes.operator(like)
             operator: DenseOperator = kept[key]
             return operator
-        family = self._family(kept)
+        if "family" not in kept:
+            kept["family"] = family_of(self.recurrent)
+        family: Norm = kept["family"]
         if trained:
             return DenseOperator(self.recurrent(), family=family, derived=constants)
         if "weight" not in kept:
             kept["weight"] = self.recurrent().detach()
         return DenseOperator(kept["weight"], family=family, derived=constants)
 
-    def _family(self, kept: dict[Any, Any]) -> Norm:
-        if "family" not in kept:
-            kept["family"] = family_of(self.recurrent)
-        family: Norm = kept["family"]
-        return family
+    def _proving(self, kept: dict[Any, Any]) -> DenseOperator:
+        """:meth:`_operator`, of weights without structure in whichever family proves it."""
+        operator = self._operator(kept)
+        if not isinstance(self.recurrent, Dense):
+            return operator
+        if "proving" not in kept:
+            kept["proving"] = in_proving_norm(operator).family
+        if kept["proving"] is operator.family:
+            return operator
+        constants = kept.setdefault(("constants", self._stage(), "proving"), {})
+        return DenseOperator(operator.weight, family=kept["proving"], derived=constants)
 
     # Solving
 
@@ -323,7 +333,8 @@ class EquilibriumLayer(nn.Module, ABC):
         """The operator with the solver's step for it; in training a step found some calls ago."""
         with keeping():  # what is kept must serve training as well
             kept = self._kept()
-            operator = self._operator(kept)
+            # a training step has no time to look for another norm
+            operator = self._operator(kept) if self.training and self._trains() else self._proving(kept)
             key = "tuning", solver, self._stage()
             if key not in kept:
                 memory = self.training_memory if self.training and self._trains() and solver == self.solver else None

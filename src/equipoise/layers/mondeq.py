@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from .. import verified
 from ..activations import Activation, ReLU
 from ..errors import NotWellPosedError
+from ..operators import DenseOperator
+from ..operators.dense import in_proving_norm
 from ..parametrizations import Dense, Monotone
 from ..solvers import PeacemanRachford, Solver
 from .arguments import check_affine, check_square, check_tensors, refuse
@@ -78,6 +78,9 @@ class MonDEQ(EquilibriumLayer):
     def from_weights(cls, W: Tensor, U: Tensor, b: Tensor, check: bool = True, **options: Any) -> MonDEQ:
         """The layer with W ``(n, n)`` as it is: no structure, so training may lose its margin.
 
+        Without ``check``, where no Euclidean margin is proved and some maximum norm proves W well posed, everything the
+        layer says is in that norm: ``layer.operator.family``, its solutions' bounds, its certificate (theory §7).
+
         Raises:
             NotWellPosedError: no positive margin is proved (the error carries the one found);
                 ``check=False`` skips that.
@@ -88,11 +91,14 @@ class MonDEQ(EquilibriumLayer):
         check_tensors(W=W, U=U, b=b)
         check_square(W)
         if check:
-            margin = verified.margin(W.detach().to("cpu", torch.float64))
+            operator = in_proving_norm(DenseOperator(W.detach()))
+            margin, measured = operator.euclidean_margin(), operator.margin()
             if margin <= 0:
+                remedy = "Scale W down, use from_factors, or pass check=False to go without the guarantee"
+                if measured > 0:
+                    remedy = f"A maximum norm proves 1 − μ(W) >= {measured:.6g}: use NEMON.from_weights, or check=False"
                 raise NotWellPosedError(
-                    f"W has the margin {margin:.6g}; λ_min(sym(I − W)) > 0 is needed for a unique equilibrium. "
-                    "Scale W down, use from_factors, or pass check=False to go without the guarantee",
+                    f"W has the margin {margin:.6g}; λ_min(sym(I − W)) > 0 is needed for a monotone layer. {remedy}",
                     margin,
                 )
         return cls._assemble(Dense(W), U, b, options)

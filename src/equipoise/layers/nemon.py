@@ -93,7 +93,7 @@ class NEMON(EquilibriumLayer):
         """
         for option in ("gamma", "learn_gamma", "learn_weights"):
             refuse(options, "from_weights", option, "W is taken as it is")
-        check_tensors(W=W, U=U, b=b)
+        check_tensors(W=W, U=U, b=b, **({} if eta is None else {"eta": eta}))
         check_square(W)
         if eta is None:
             eta = best_weights(W).eta if check else torch.ones(len(W), dtype=torch.float64)

@@ -217,9 +217,10 @@ def stored_weights(eta: Tensor) -> Tensor:
 
 def better_weights(W: Tensor, eta: Tensor) -> Tensor:
     """``eta``, or the Perron vector of ``W``'s majorant where that proves a smaller measure."""
-    error = 2.0**-24 * verified.absolute_norm(W)  # what a float32 layer multiplies by is that far
-    own = stored_weights(perron(W, error)[0])
-    return own if WeightedMax(own).margin(W, error) > WeightedMax(eta).margin(W, error) else eta
+    applied = W.to(torch.float32)  # what a float32 layer multiplies by
+    own = stored_weights(perron(W, float(verified.row_norms(W - applied.double()).max()) if len(W) else 0.0)[0])
+    found, known = (min(family.margin(W), family.margin(applied)) for family in (WeightedMax(own), WeightedMax(eta)))
+    return own if found > known else eta
 
 
 def _bytes(tensor: Tensor) -> int:

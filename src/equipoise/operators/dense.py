@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import verified
 from ..errors import NotWellPosedError
-from ..norms import EUCLIDEAN, Norm, WeightedMax
+from ..norms import EUCLIDEAN, Euclidean, Norm, WeightedMax, best_family
 from .base import MonotoneOperator, golden_section, power_norm
 
-__all__ = ["DenseOperator", "TransposedOperator", "averaging_step"]
+__all__ = ["DenseOperator", "TransposedOperator", "averaging_step", "in_proving_norm"]
 
 T = TypeVar("T")
 
@@ -105,6 +105,12 @@ class DenseOperator(MonotoneOperator):
         if self._margin_floor is None:
             return bound
         return max(bound, verified.down(self._margin_floor - self.representation_error))
+
+    def euclidean_margin(self) -> float:
+        """A proved lower bound of λ_min(sym(I − W)), in whichever family the operator is."""
+        if isinstance(self.family, Euclidean):
+            return self.margin()
+        return self.once("euclidean_margin", lambda: EUCLIDEAN.margin(*self.matrix64()))
 
     def row_margins(self) -> Tensor:
         """Lower bounds ``(n,)`` of 1 − μ_i, row by row; for a :class:`WeightedMax` family (theory §7)."""
@@ -226,6 +232,20 @@ def averaging_step(matrix: tuple[Tensor, float]) -> float:
     W, error = matrix
     lowest = verified.down(float(W.diagonal().min()) - error) if len(W) else 0.0
     return verified.down(1 / verified.up(1 - min(lowest, 0.0)))
+
+
+def in_proving_norm(operator: DenseOperator) -> DenseOperator:
+    """``operator``, in the family that proves it: the 2-norm wherever a Euclidean margin is proved, else the weighted
+    maximum norm of its Perron vector where that proves a measure below 1 (theory §7). For weights without structure,
+    which promise neither."""
+    plain = isinstance(operator.family, Euclidean) and operator.representation_error < math.inf
+    if not plain or not bool(torch.isfinite(operator.weight).all()) or operator.margin() > 0:
+        return operator
+    matrix, error = operator.matrix64()
+    family, _ = best_family(matrix, error)
+    if not family.margin(matrix, error) > 0:
+        return operator
+    return DenseOperator(operator.weight, exact=(matrix, error), family=family)
 
 
 class TransposedOperator(MonotoneOperator):

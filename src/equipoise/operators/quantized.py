@@ -18,7 +18,7 @@ from ..errors import InputError, NotWellPosedError, OptionError
 from ..parametrizations import Dense, Monotone
 from ..quantization.codes import QuantizedSkew, QuantizedTensor
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
-from .dense import DenseOperator
+from .dense import DenseOperator, in_proving_norm
 
 __all__ = [
     "WEIGHTS",
@@ -65,7 +65,8 @@ class QuantizedWeight(nn.Module, ABC):
 
 
 class AssembledWeight(QuantizedWeight):
-    """W̃ = Q(W): the published scheme [LLC26]; the margin moves by at most ‖ΔW‖₂."""
+    """W̃ = Q(W): the published scheme [LLC26]; the margin moves by at most ‖ΔW‖₂. Where that leaves no Euclidean one, a
+    maximum norm may still prove W̃ well posed."""
 
     def __init__(self, codes: QuantizedTensor) -> None:
         super().__init__()
@@ -79,6 +80,9 @@ class AssembledWeight(QuantizedWeight):
     def assemble(self) -> tuple[Tensor, float]:
         exact = self.codes.dequantize().cpu()
         return exact, verified.up(verified.UNIT * verified.absolute_norm(exact) * (1 + 1e-15))
+
+    def operator(self, like: Tensor) -> DenseOperator:
+        return in_proving_norm(super().operator(like))
 
     @property
     def packed_bytes(self) -> int:

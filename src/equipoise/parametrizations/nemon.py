@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, NotWellPosedError, OptionError
-from ..norms import WeightedMax, perron
+from ..norms import WeightedMax, best_family
 
 __all__ = [
     "GAP_FLOOR",
@@ -207,8 +207,7 @@ def best_weights(W: Tensor) -> WeightedMax:
     Raises:
         NotWellPosedError: no weights prove a measure below 1; says the abscissa found.
     """
-    eta, abscissa = perron(W, 2.0**-24 * float(W.detach().abs().sum(1).max()) if len(W) else 0.0)
-    family = WeightedMax(eta)
+    family, abscissa = best_family(W)
     margin = family.margin(W)
     if margin <= 0:
         raise NotWellPosedError(

@@ -23,7 +23,8 @@ from ..demo import classifier
 from ..errors import NotWellPosedError
 from ..files import save
 from ..report.words import MISSING
-from ..robust import PixelBall, RobustLoss, pgd, robustness
+from ..robust import PixelBall, pgd, robustness
+from ..robust_loss import RobustLoss
 from ..training import TrainingConfig, fit
 from .record import PERCENT, Comparison, Reproduction, Section, Table, compared
 from .run import Experiment, Paper, Settings

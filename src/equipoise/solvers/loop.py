@@ -254,7 +254,8 @@ class _Run:
         self.schedule = Schedule.of(solver, tuning, tol, judge is not None, habit)
         self.total = len(problem.injection)
         gain = tuning.gain if judge is None or tuning.keen is None else tuning.keen
-        self.first_gain = gain if stop == "bound" and gain is not None else 1.0
+        largest = torch.finfo(problem.injection.dtype).max  # with a larger one no estimate would say more
+        self.first_gain = min(gain, largest) if stop == "bound" and gain is not None else 1.0
         self.results: list[Tensor] = []
         self.fixed_point = solver.map(problem, tuning)
         self.state = solver.init(self.fixed_point)

@@ -27,7 +27,7 @@ class Solution:
     ``value (B, n)``: p = σ(W w + q) for the last iterate w. ``converged (B,)``: the asked stopping rule
     holds. ``steps (B,)``: steps taken. ``residual (B,)``: ‖w − p‖/‖p‖. ``error_bound (B,)``: a proved bound on
     ‖p − z*‖₂, truncation plus rounding (theory §2), float64; infinite where no positive margin is proved.
-    ``truncation (B,)``: its part that more steps would shrink. Of a NEMON layer all norms are ‖·‖_∞.
+    ``truncation (B,)``: its part that more steps would shrink. In a maximum-norm family all are ‖·‖_∞.
     """
 
     value: Tensor
