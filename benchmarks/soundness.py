@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-import equipoise
 from trials.campaign import trial
 from trials.ledger import Tally
 from trials.wide import require_wide
+
+import equipoise
 
 __all__ = ["main"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +51,10 @@ def trial(seed: int, index: int, faults: Mapping[str, float] | None = None) -> t
             return "refused", ledger
         steps = _patience(subject.model, rng)
         with torch.no_grad(), _hurried(steps):
-            _network(subject, steps, rng, ledger)
+            try:
+                _network(subject, steps, rng, ledger)
+            except Exception as error:  # of the library, nobody expects one; of the trials, neither
+                ledger.failed(error)
     return subject.kind, ledger
 
 
@@ -77,6 +81,22 @@ def _hurried(steps: int) -> Iterator[None]:
         displacement.PeacemanRachford, iterates.PeacemanRachford = found
 
 
+def _starts(model: nn.Module, x: torch.Tensor, steps: int) -> dict[int, Any]:
+    """Where the library's solver comes to in a few steps: a place for Newton's method to start, no more."""
+    found, a = {}, x.double()
+    doubled = copy.deepcopy(model).double()
+    for place, module in enumerate(list(doubled) if isinstance(doubled, nn.Sequential) else [doubled]):
+        if isinstance(module, EquilibriumLayer):
+            try:
+                a = module.solve(a, PeacemanRachford(max_steps=steps), tol=1e-8, stop="residual").value
+            except EquipoiseError:
+                break
+            found[place] = exact(a)
+        else:
+            a = module(a)
+    return found
+
+
 def _network(subject: Subject, steps: int, rng: np.random.Generator, ledger: Ledger) -> None:
     model, reference, x = subject.model, subject.reference, subject.x
     try:
@@ -93,7 +113,7 @@ def _network(subject: Subject, steps: int, rng: np.random.Generator, ledger: Led
     if not all(part.certified for part in parts):
         return
     wide = exact(x)
-    ours = run(model, wide)
+    ours = run(model, wide, _starts(model, x, steps))
     place, layer = layers[0]
     entry = ours[place - 1] if place else State(wide, np.zeros(len(wide), np.longdouble))
     if place == 0:

@@ -54,7 +54,7 @@ def matrices(layer: Any) -> list[Exact]:
     applied = exact(layer.operator.weight)
     if not np.array_equal(applied, found[0].W):
         found.append(Exact(applied, LD(0)))
-    return found
+    return [known for known in found if np.isfinite(known.W).all() and np.isfinite(known.doubt)]
 
 
 def doubt_in(known: Exact, eta: Array | None) -> LD:
@@ -118,7 +118,10 @@ def _of_cayley(layer: Any, operator: Any, ledger: Ledger) -> None:
         y = y / np.abs(y).max()
         x, image = plus @ y, minus @ y / alpha
         if least:
-            value, slack = (x @ image) / (x @ x), 16 * len(C) * UNIT * norms(image) / norms(x) * (1 + norms(plus.reshape(-1)) * norms(y) / norms(x))
+            value, slack = (
+                (x @ image) / (x @ x),
+                16 * len(C) * UNIT * norms(image) / norms(x) * (1 + norms(plus.reshape(-1)) * norms(y) / norms(x)),
+            )
             ledger.least("cayley margin", operator._margin_floor, value, slack)
         else:
             value = norms(image) / norms(x)
@@ -157,6 +160,8 @@ def _cayley(known: Exact, alpha: LD) -> tuple[Array, LD]:
 def changes(layer: Any, reference: Any, certificate: Any, ledger: Ledger) -> None:
     """‖ΔW‖ and T2."""
     here, there = stored(layer.recurrent), stored(reference.recurrent)
+    if not (np.isfinite(here.W).all() and np.isfinite(here.doubt)):
+        return  # codes that define no matrix
     delta = here.W - there.W
     rounding = UNIT * (norms(here.W.reshape(-1)) + norms(there.W.reshape(-1))) + here.doubt + there.doubt
     theirs = weights(fresh_operator(reference).family)
@@ -299,5 +304,3 @@ def _map(solver: Any, known: Exact, alpha: LD, layer: Any, operator: Any) -> tup
         (1 - theta) * eye + theta * C,
         theta * doubt,
     )
-
-

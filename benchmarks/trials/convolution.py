@@ -90,7 +90,14 @@ def convolution(rng: np.random.Generator, ledger: Ledger) -> None:
         theirs = exact(reference.recurrent.family().eta).repeat(size[0] * size[1])
         other = dense(_kernel(reference), size)
         value, slack = norm_of(kernels[0] - other, theirs)
-        room = 64 * len(other) * UNIT * (norms(kernels[0].reshape(-1)) + norms(other.reshape(-1))) * theirs.max() / theirs.min()
+        room = (
+            64
+            * len(other)
+            * UNIT
+            * (norms(kernels[0].reshape(-1)) + norms(other.reshape(-1)))
+            * theirs.max()
+            / theirs.min()
+        )
         ledger.most("conv delta norm", found.delta_norm, value, slack + room)
         m, m_slack = margin_of(other, theirs)
         ledger.holds("conv sufficient", found.sufficient or False, value - slack - room - m_slack < m)

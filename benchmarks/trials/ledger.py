@@ -56,10 +56,21 @@ class Ledger:
         claimed, truth = np.broadcast_arrays(claimed, truth)
         self._write(bound, claimed & ~truth, int(claimed.sum()), 0.0, 0, claimed.astype(float), truth.astype(float))
 
+    def failed(self, error: Exception) -> None:
+        """An exception that is no refusal."""
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
+        self.tallies.setdefault("exception", Tally()).add(vars(Tally(1, 1)))
+        self.violations.append({"bound": "exception", "row": [], "claimed": place, "truth": repr(error)})
+
     def _compare(self, bound: str, claimed: Any, truth: Any, slack: Any, sign: int) -> None:
         if claimed is None:
             return
-        claimed, truth, slack = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, LD)) for v in (claimed, truth, slack)))
+        claimed, truth, slack = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(v, LD)) for v in (claimed, truth, slack))
+        )
         factor = self.faults.get(bound, self.faults.get("", 1.0))
         if factor != 1:  # upper bounds smaller, lower ones larger
             claimed = claimed * np.where((claimed > 0) == (sign > 0), LD(factor), 1 / LD(factor))

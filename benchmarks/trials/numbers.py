@@ -71,14 +71,20 @@ def _norms(rng: np.random.Generator, X: Array, stored: torch.Tensor, error: floa
     ledger.most("spectral norm", verified.spectral_norm(stored, error), value, slack + LD(error) * 64 * UNIT * 2**11)
     ledger.most("absolute norm", verified.absolute_norm(stored), *largest(np.abs(exact(X))))
     ledger.most("row norms", exact(verified.row_norms(stored)), norms(exact(X)), 16 * UNIT * norms(exact(X)))
-    ledger.least("row norms lower", exact(verified.row_norms_lower(stored)), norms(exact(X)), 16 * UNIT * norms(exact(X)))
+    ledger.least(
+        "row norms lower", exact(verified.row_norms_lower(stored)), norms(exact(X)), 16 * UNIT * norms(exact(X))
+    )
     w = rng.standard_normal((3, len(X)))
     with torch.no_grad():
         computed = exact(torch.tensor(w) @ torch.tensor(X).T)
     off = norms(computed - exact(w) @ exact(X).T)
-    bound = verified.product_rounding(verified.absolute_norm(torch.tensor(X)), len(X), verified.row_norms(torch.tensor(w)))
+    bound = verified.product_rounding(
+        verified.absolute_norm(torch.tensor(X)), len(X), verified.row_norms(torch.tensor(w))
+    )
     if bool(torch.isfinite(torch.tensor(computed.astype(float))).all()):
-        ledger.most("product rounding", exact(bound), off, 8 * len(X) * UNIT * norms(np.abs(exact(w)) @ np.abs(exact(X)).T))
+        ledger.most(
+            "product rounding", exact(bound), off, 8 * len(X) * UNIT * norms(np.abs(exact(w)) @ np.abs(exact(X)).T)
+        )
 
 
 def _eigenvalues(rng: np.random.Generator, X: Array, error: float, ledger: Ledger) -> None:
@@ -109,7 +115,9 @@ def _margins(rng: np.random.Generator, X: Array, stored: torch.Tensor, error: fl
     slack = slack + LD(error) * LD(2) ** -48
     ledger.least("verified margin", verified.margin(stored, error), value, slack)
     value, slack = largest(np.eye(len(X), dtype=LD) - moved)
-    ledger.most("verified lipschitz", verified.lipschitz(stored, error), value, slack + LD(error) * LD(2) ** -48 + 4 * UNIT)
+    ledger.most(
+        "verified lipschitz", verified.lipschitz(stored, error), value, slack + LD(error) * LD(2) ** -48 + 4 * UNIT
+    )
     eta = 10.0 ** rng.uniform(-3, 3, len(X))
     family = WeightedMax(torch.tensor(eta))
     wide = exact(family.eta)
@@ -137,7 +145,9 @@ def _cayley(rng: np.random.Generator, X: Array, error: float, ledger: Ledger) ->
     back = solve(exact(Q)[None], eye[None])[0]
     if np.isfinite(back).all():
         value, slack = largest(exact(P) @ back)
-        slack = slack + 16 * n * UNIT * norms(back.reshape(-1)) ** 2 * norms(exact(Q).reshape(-1)) * norms(exact(P).reshape(-1))
+        slack = slack + 16 * n * UNIT * norms(back.reshape(-1)) ** 2 * norms(exact(Q).reshape(-1)) * norms(
+            exact(P).reshape(-1)
+        )
         ledger.most("quotient norm", verified.quotient_norm(torch.tensor(P), torch.tensor(Q)), value, slack)
     C = X / (np.linalg.norm(X, 2) * float(10 ** rng.choice([-3, -1, 0.001, 0.1, 0.5])) or 1)
     if rng.random() < 0.5:
@@ -154,10 +164,17 @@ def _cayley(rng: np.random.Generator, X: Array, error: float, ledger: Ledger) ->
         room = 16 * n * UNIT * (1 + norms(minus.reshape(-1)) + norms(plus.reshape(-1))) * norms(y) / norms(x)
         if which == 0:
             slack = room * (norms(image) / norms(x) * 2 + 1 / LD(alpha))
-            ledger.least("verified cayley margin", verified.cayley_margin(torch.tensor(C), alpha), (x @ image) / (x @ x), slack)
+            ledger.least(
+                "verified cayley margin", verified.cayley_margin(torch.tensor(C), alpha), (x @ image) / (x @ x), slack
+            )
         else:
             slack = room * (norms(image) / norms(x) + 1 / LD(alpha))
-            ledger.most("verified cayley lipschitz", verified.cayley_lipschitz(torch.tensor(C), alpha), norms(image) / norms(x), slack)
+            ledger.most(
+                "verified cayley lipschitz",
+                verified.cayley_lipschitz(torch.tensor(C), alpha),
+                norms(image) / norms(x),
+                slack,
+            )
 
 
 def _rows(rng: np.random.Generator, X: Array, error: float, ledger: Ledger) -> None:

@@ -82,7 +82,9 @@ def displacements(
             ledger.most("actual displacement's error", exact(part.actual_error), error, slack)
         if part.relative_bound is not None:
             eta = weights(fresh_operator(_at(reference, place)).family)
-            length, size = ((norms(t) if eta is None else (np.abs(t) / eta).max(1)) for t in (q.value - r.value, r.value))
+            length, size = (
+                (norms(t) if eta is None else (np.abs(t) / eta).max(1)) for t in (q.value - r.value, r.value)
+            )
             spread = LD(1) if eta is None else 1 / eta.min()
             known = size > 1e9 * r.error * spread
             ledger.most(
@@ -95,7 +97,8 @@ def displacements(
         proved = np.ones(len(ours[-1].value), bool)
         proved[certificate.unproved.numpy()] = False
         scores, others = ours[-1], theirs[-1]
-        ledger.holds("class unchanged", proved, scores.value.argmax(1) == others.value.argmax(1))
+        told = proved & np.isfinite(scores.value).all(1) & np.isfinite(others.value).all(1)
+        ledger.holds("class unchanged", told, scores.value.argmax(1) == others.value.argmax(1))
         ledger.holds("agreement", True, abs(certificate.agreement - proved.mean()) < 1e-12)
 
 
@@ -217,7 +220,12 @@ def boxes(model: nn.Module, x: Tensor, states: list[State], rng: np.random.Gener
         width = top - bottom
         middle = bottom / 2 + top / 2
         off = np.abs(found.value - middle)
-        ledger.most("box", np.where(np.isfinite(width), width / 2 * (1 + 4 * UNIT), np.inf), off, error + 4 * UNIT * np.abs(middle))
+        ledger.most(
+            "box",
+            np.where(np.isfinite(width), width / 2 * (1 + 4 * UNIT), np.inf),
+            off,
+            error + 4 * UNIT * np.abs(middle),
+        )
         if classes is not None:
             scores = found.value
             ledger.holds("class on a box", (classes >= 0) & np.isfinite(scores).all(1), scores.argmax(1) == classes)
@@ -253,15 +261,30 @@ def iterates(layer: Any, x: Tensor, q: State, z: State, rng: np.random.Generator
     proper = prox(layer.activation, np.zeros(1, LD), used)
     if proper is None:
         return
-    fixed = z.value if isinstance(on, eq.ForwardBackward) else (1 - used) * z.value + used * (z.value @ known.W.T + q.value)
-    reach = 4 * (1 + used * (1 + norms(known.W.reshape(-1)))) * (z.error + q.error + 16 * UNIT * (norms(z.value) + norms(q.value)))
+    fixed = (
+        z.value if isinstance(on, eq.ForwardBackward) else (1 - used) * z.value + used * (z.value @ known.W.T + q.value)
+    )
+    reach = (
+        4
+        * (1 + used * (1 + norms(known.W.reshape(-1))))
+        * (z.error + q.error + 16 * UNIT * (norms(z.value) + norms(q.value)))
+    )
     _machine(layer, solver, k, x, fixed, reach, floor, forever, ledger, name)
     if not hasattr(layer.recurrent, "C"):
         _grid(layer, on, known, used, q, fixed, reach, solver, k, floor, ledger, name)
 
 
 def _machine(
-    layer: Any, solver: Any, k: int, x: Tensor, fixed: Array, reach: Array, floor: Any, forever: Any, ledger: Ledger, name: str
+    layer: Any,
+    solver: Any,
+    k: int,
+    x: Tensor,
+    fixed: Array,
+    reach: Array,
+    floor: Any,
+    forever: Any,
+    ledger: Ledger,
+    name: str,
 ) -> None:
     """The layer's own arithmetic, step by step: uᵏ and zᵏ."""
     with torch.no_grad():
@@ -276,7 +299,11 @@ def _machine(
                 ledger.most(f"iterate floor {name}", exact(floor.iterate), norms(u - fixed), reach)
         if step == 400:
             claimed = exact(forever.iterate)
-            left = LD(floor.rate) ** 400 * norms(fixed) + (0 if solver.decay is None else 400 * LD(max(floor.rate, solver.decay)) ** 399 * solver.grid * math.sqrt(fixed.shape[1]))
+            left = LD(floor.rate) ** 400 * norms(fixed) + (
+                0
+                if solver.decay is None
+                else 400 * LD(max(floor.rate, solver.decay)) ** 399 * solver.grid * math.sqrt(fixed.shape[1])
+            )
             ledger.most(f"iterate floor limit {name}", claimed, norms(exact(state.image) - fixed), reach + left)
 
 
@@ -301,4 +328,6 @@ def _grid(
         u = np.round(image / delta) * delta
     spread = norms(back.reshape(-1)) * (1 + alpha) * (1 + norms(known.W.reshape(-1)))
     rounding = (k + 1) * 64 * len(eye) * UNIT * spread * spread * (norms(q.value) * (1 + alpha) + start + solver.grid)
-    ledger.most(f"iterate floor exact {name}", LD(floor.rate) ** k * start + LD(floor.exact), norms(u - fixed), reach + rounding)
+    ledger.most(
+        f"iterate floor exact {name}", LD(floor.rate) ** k * start + LD(floor.exact), norms(u - fixed), reach + rounding
+    )

@@ -177,7 +177,10 @@ def _near_kinks(rng: Rng, layer: Any, x: np.ndarray[Any, Any]) -> np.ndarray[Any
 
 def _scheme(rng: Rng, kinds: tuple[Any, ...]) -> Any:
     bits = int(rng.integers(1, 17))
-    options: dict[str, Any] = {"granularity": str(rng.choice(["tensor", "row"])), "scale": str(rng.choice(["max", "mse"]))}
+    options: dict[str, Any] = {
+        "granularity": str(rng.choice(["tensor", "row"])),
+        "scale": str(rng.choice(["max", "mse"])),
+    }
     for name in ("input_bits", "bias_bits"):
         if rng.random() < 0.3:
             options[name] = int(rng.integers(1, 17))
@@ -261,7 +264,9 @@ def structured(rng: Rng) -> Subject:
     n, d, dtype, scale, options = _start(rng)
     A, B, margin = _factors(rng, n)
     U, b = _affine(rng, n, d, scale)
-    layer = eq.MonDEQ.from_factors(_tensor(A, dtype), _tensor(B, dtype), margin, _tensor(U, dtype), _tensor(b, dtype), **options)
+    layer = eq.MonDEQ.from_factors(
+        _tensor(A, dtype), _tensor(B, dtype), margin, _tensor(U, dtype), _tensor(b, dtype), **options
+    )
     return _finish(rng, "structured", layer, _inputs(rng, COUNT, d, scale), MONOTONE)
 
 
@@ -309,5 +314,3 @@ def nemon(rng: Rng) -> Subject:
             **options,
         )  # fmt: skip
     return _finish(rng, "nemon", layer, _inputs(rng, COUNT, d, scale), ROWS)
-
-
