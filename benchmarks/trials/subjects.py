@@ -310,7 +310,8 @@ def nemon(rng: Rng) -> Subject:
     else:
         W, eta = _rows_matrix(rng, n)
         layer = eq.NEMON.from_weights(
-            _tensor(W, dtype), _tensor(U, dtype), _tensor(b, dtype), _tensor(eta, torch.float64) if rng.random() < 0.5 else None,
+            _tensor(W, dtype), _tensor(U, dtype), _tensor(b, dtype),
+            _tensor(eta, torch.float64) if rng.random() < 0.5 else None,
             **options,
         )  # fmt: skip
     return _finish(rng, "nemon", layer, _inputs(rng, COUNT, d, scale), ROWS)
