@@ -31,7 +31,11 @@ def solutions(layer: Any, x: Tensor, z: State, patience: int, rng: np.random.Gen
     """error_bound of whatever solver, however early it was stopped."""
     for name in rng.choice(SOLVERS, 2, replace=False):
         steps = int(rng.choice([1, 2, 3, 5, 10, 40])) if rng.random() < 0.5 else patience
-        if patience >= 400 and layer.operator.margin() > 1e-3 * layer.operator.lipschitz():
+        if (
+            patience >= 400
+            and name not in ("Anderson", "Broyden")
+            and layer.operator.margin() > 1e-3 * layer.operator.lipschitz()
+        ):
             steps = None  # what float32 cannot resolve is finished in float64
         solver = _solver(str(name), steps, rng)
         if isinstance(layer, eq.NEMON) and name in ("Tseng", "Broyden") and rng.random() < 0.5:

@@ -66,10 +66,11 @@ def _log(rng: Rng, low: float, high: float) -> float:
 
 
 def _activation(rng: Rng) -> Any:
+    smooth = (eq.Tanh(), eq.Sigmoid(), eq.Softplus(), eq.ELU(float(rng.uniform(0.1, 1))))
     choices = (
-        eq.ReLU(), eq.ReLU(), eq.ReLU(), eq.LeakyReLU(float(rng.uniform(0, 1))), eq.Tanh(), eq.Sigmoid(),
-        eq.Softplus(), eq.ELU(float(rng.uniform(0.1, 1))), eq.Hardtanh(), eq.SoftThreshold(_log(rng, -2, 0)),
-    )  # fmt: skip
+        *(eq.ReLU(),) * 5, *(eq.LeakyReLU(float(rng.uniform(0, 1))),) * 2, *(eq.Hardtanh(),) * 2,
+        eq.SoftThreshold(_log(rng, -2, 0)), eq.SoftThreshold(0.0), smooth[rng.integers(4)],
+    )  # fmt: skip  # few smooth ones: their proximal maps are found by iteration, which is slow
     return choices[rng.integers(len(choices))]
 
 
@@ -152,7 +153,7 @@ def _rows_matrix(rng: Rng, n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
     return W + np.diag((1 - gap) - np.abs(T).sum(1)), np.exp(-d)
 
 
-def _solver(rng: Rng, activation: Any) -> Any:
+def _solver(rng: Rng) -> Any:
     alpha = _log(rng, -1.5, 0.5) if rng.random() < 0.4 else None
     plain = (eq.PeacemanRachford, eq.DouglasRachford, eq.ForwardBackward, eq.Picard, eq.Tseng)
     return plain[rng.integers(len(plain))](alpha)
@@ -247,7 +248,7 @@ def _start(rng: Rng) -> tuple[int, int, torch.dtype, float, dict[str, Any]]:
     n, dtype = _size(rng), _dtype(rng)
     d = n if rng.random() < 0.4 else int(rng.integers(1, 7))
     activation = _activation(rng)
-    return n, d, dtype, _scale(rng, dtype), {"activation": activation, "solver": _solver(rng, activation)}
+    return n, d, dtype, _scale(rng, dtype), {"activation": activation, "solver": _solver(rng)}
 
 
 COUNT = 48
