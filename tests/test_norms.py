@@ -66,6 +66,22 @@ def test_weights_that_are_not_positive_are_refused(eta: list[float]) -> None:
         )
 
 
+@given(st.integers(1, 7), st.integers(0, 10_000), st.floats(0.0, 6.0))
+def test_sums_of_rows_and_the_length_of_eta_are_above_exact_rationals_and_near_them(
+    n: int, seed: int, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    family = WeightedMax(torch.exp(spread * torch.randn(n, generator=generator, dtype=torch.float64)))
+    eta = [Fraction(value) for value in family.eta.tolist()]
+    for bound, row in zip(family.row_sums(W).tolist(), W.tolist(), strict=True):
+        true = sum(abs(Fraction(w)) * e for w, e in zip(row, eta, strict=True))
+        assert true <= Fraction(bound) <= true * (1 + Fraction(1e-13))
+    square = sum(e * e for e in eta)
+    assert square <= Fraction(family.length()) ** 2 <= square * (1 + Fraction(1e-11))
+    assert Fraction(family.reach()) == max(eta)
+
+
 def test_norms_and_their_duals() -> None:
     family = WeightedMax(torch.tensor([1.0, 2.0]))
     x = torch.tensor([[3.0, -8.0], [0.0, 0.0]])

@@ -51,7 +51,8 @@ def solver_rate(solver: Solver, operator: DenseOperator) -> tuple[float | None, 
 
     Peaceman–Rachford ‖C_α‖₂, Douglas–Rachford (1 + ‖C_α‖₂)/2, forward–backward ‖(1 − α) I + αW‖₂, Picard
     1 − α + α‖W‖₂ for α <= 1, Tseng √(1 − pq/(p + q)) with p = 1 − α²L², q = 2αm (from its descent inequality
-    and strong monotonicity). Nothing is proved of Anderson and Broyden.
+    and strong monotonicity). Tseng's is of the distance to the equilibrium, between other points its map need not
+    contract; the others' of any two. Nothing is proved of Anderson and Broyden.
     """
     try:
         alpha = solver.tune(operator).alpha
