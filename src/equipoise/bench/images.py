@@ -21,6 +21,7 @@ from ..data import Data, load_data
 from ..errors import ConvergenceWarning
 from ..layers import MDEQ, LipschitzMDEQ, MonConv2d
 from ..presets import Sizes, multiscale, preset_of
+from ..report.words import at_most
 from ..solvers import ForwardBackward, PeacemanRachford, Solver
 from .measure import Progress, Tracker, bar, interleave, machine, median, relative_error, spread
 from .network import stepper
@@ -231,6 +232,6 @@ def table(found: dict[str, Any]) -> list[Table]:
     scale.caption = (
         f"evaluations of f a sample; plain over Lipschitz: step {ratios['evaluations_step']:.1f} in evaluations, "
         f"{ratios['time_step']:.1f} in time; inference {ratios['evaluations_inference']:.1f} and "
-        f"{ratios['time_inference']:.1f}; contraction at most {both['contraction']:.3f}"
+        f"{ratios['time_inference']:.1f}; contraction at most {at_most(both['contraction'], 3)}"
     )
     return [splitting, scale]

@@ -27,7 +27,7 @@ from ..errors import ConvergenceWarning
 from ..layers import MDEQ, LipschitzMDEQ
 from ..presets import Sizes, multiscale, preset_of
 from ..report.canvas import COLOURS, Figure, figure, level
-from ..report.words import MISSING
+from ..report.words import MISSING, at_most
 from ..solvers import Anderson
 from ..training import evaluate
 from .record import PERCENT, Comparison, Reproduction, Section, Table, compared, decimals
@@ -206,7 +206,7 @@ def write_up(bench: Bench, results: Mapping[str, Any]) -> Reproduction:
 def _proved(ours: list[Found]) -> str:
     """Which networks contract by proof."""
     held = [found for found in ours if found.contraction is not None and found.contraction < 1]
-    slopes = ", ".join(f"s = {found.slope:g} by {found.contraction:.3f}" for found in held) or "none"
+    slopes = ", ".join(f"s = {found.slope:g} by {at_most(found.contraction, 3)}" for found in held) or "none"
     rest = " The others are not proved to, and their solves went as counted." if len(held) < len(ours) else ""
     return (
         f"With every operator norm at most 2, these contract by proof: {slopes}.{rest} The paper caps the norms of "
@@ -263,7 +263,7 @@ def _proofs(plain: Found, ours: list[Found]) -> Table:
 
 
 def _bound(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}"
+    return MISSING if value is None else at_most(value, 3)
 
 
 def _comparisons(bench: Bench, plain: Found, best: Found) -> tuple[Comparison, ...]:

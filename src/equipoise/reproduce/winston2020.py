@@ -26,7 +26,7 @@ from ..files import load, save
 from ..layers.chain import any_layers
 from ..presets import Sizes, preset_of
 from ..report.canvas import COLOURS, Figure, figure, plain_log
-from ..report.words import MISSING
+from ..report.words import MISSING, at_least, at_most
 from ..solvers import ForwardBackward, PeacemanRachford, Solver
 from .record import PERCENT, Comparison, Reproduction, Section, Table, compared
 from .resumed import less, resumed
@@ -197,8 +197,8 @@ def _accuracies(bench: Bench, networks: Mapping[str, Trained]) -> Section:
             KINDS[kind],
             PERCENT.write(t.accuracy),
             f"{t.parameters:,}",
-            f"{t.margin:.3f}",
-            f"{t.lipschitz:.3f}",
+            at_least(t.margin, 3),
+            at_most(t.lipschitz, 4),
             f"{t.epochs}",
             f"{t.seconds:.1f}",
         )
@@ -231,7 +231,7 @@ def _compared(bench: Bench, kind: str, trained: Trained) -> Comparison:
 def _splittings(solved: Mapping[str, Solves], ratios: Mapping[str, tuple[float, float] | None]) -> Section:
     findings = [
         f"{KINDS[kind]}: {_words(solves)}"
-        + ("" if ratio is None else f" That is {ratio[0]:.1f} times the steps and {ratio[1]:.1f} times the time.")
+        + ("" if ratio is None else f" That is {ratio[0]:.1f} times fewer steps in {ratio[1]:.1f} times less time.")
         for (kind, solves), ratio in zip(solved.items(), ratios.values(), strict=True)
     ]
     samples = next(iter(solved.values())).samples
