@@ -33,6 +33,8 @@ TESTS = {
     "certificates/convergence.py": ["test_certificates.py", "test_families.py", "test_nemon.py"],
     "certificates/convolutional.py": ["test_nemon_conv.py", "test_nemon_conv_networks.py"],
     "certificates/displacement.py": ["test_certificates.py", "test_certificates_chain.py"],
+    "certificates/sides.py": ["test_certificates.py", "test_certificates_chain.py", "test_mon_conv_codes.py"],
+    "certificates/multiscale.py": ["test_lipschitz_mdeq_codes.py"],
     "certificates/iterates.py": ["test_rounded.py"],
     "certificates/printed.py": ["test_certificates_verdicts.py", "test_report.py"],
     "certificates/robustness.py": ["test_robust.py", "test_boxes.py"],

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from equipoise.activations import Activation
-from equipoise.certificates import certify, displacement, iterates, margin
+from equipoise.certificates import certify, iterates, margin, sides
 from equipoise.errors import ConvergenceWarning, EquipoiseError, NotWellPosedError
 from equipoise.layers.equilibrium import EquilibriumLayer
 from equipoise.solvers import PeacemanRachford
@@ -72,13 +72,13 @@ def _patience(model: nn.Module, rng: np.random.Generator) -> int:
 @contextmanager
 def _hurried(steps: int) -> Iterator[None]:
     """Certificates find their own equilibria in at most so many steps: their bounds hold at any point, near or not."""
-    found = displacement.PeacemanRachford, iterates.PeacemanRachford
+    found = sides.PeacemanRachford, iterates.PeacemanRachford
     hasty: Any = partial(PeacemanRachford, max_steps=steps)
-    displacement.PeacemanRachford = iterates.PeacemanRachford = hasty
+    sides.PeacemanRachford = iterates.PeacemanRachford = hasty
     try:
         yield
     finally:
-        displacement.PeacemanRachford, iterates.PeacemanRachford = found
+        sides.PeacemanRachford, iterates.PeacemanRachford = found
 
 
 def _starts(model: nn.Module, x: torch.Tensor, steps: int) -> dict[int, Any]:
