@@ -18,7 +18,7 @@ from .certificates.wellposed import spectrum
 from .data import Data, Split
 from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError
 from .ladder import Evidence, Findings, Goal, Ladder, Requirements, Rung, Subject, choose
-from .layers.chain import chain
+from .layers.chain import chain, features_taken
 from .mixed import Menu, Parts, Trial, assign, check_budget, measure, parts_of, scheme_of
 from .operators.contractive import UnfitSchemeError
 from .quantization.schemes import SCHEMES, Scheme, Structured, scheme_from_dict
@@ -154,8 +154,9 @@ class _Builder:
 def check_fits(model: nn.Module, data: Data) -> None:
     """Raise :class:`InputError`, naming both, unless ``model`` takes as many features as ``data`` has; warn where
     the model was trained on inputs that were preprocessed otherwise."""
-    sizes = [getattr(module, "in_features", None) for _, module in chain(model)]
-    takes = next((size for size in sizes if size is not None), None)
+    takes = features_taken(model)
+    if takes is None:
+        raise InputError(f"the model takes images, {data.name} is flat: put an Unflatten before it")
     if takes != data.features:
         raise InputError(
             f"the model takes {takes} features and {data.name} has {data.features}: name the data that the"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from ..errors import StructureError
@@ -24,6 +26,7 @@ __all__ = [
     "any_layers",
     "chain",
     "equilibrium_layers",
+    "features_taken",
     "final_head",
     "is_prepared",
     "multiscale_of",
@@ -99,8 +102,8 @@ def _known(module: nn.Module, name: str, images: bool) -> nn.Module:
     where = f" at position {name!r}" if name else ""
     if isinstance(module, IMAGES):
         raise StructureError(
-            f"{type(module).__name__}{where} is not supported here: a convolutional network can be trained as floats, "
-            "saved, quantized (a NEMON one by Structured), and certified: a NEMON one by its measure, without inputs"
+            f"{type(module).__name__}{where} is not supported here: a network for images can be trained as floats, "
+            "saved, quantized after, and certified, of NEMON without inputs; not planned, exported or proved over boxes"
         )
     raise StructureError(
         f"{type(module).__name__}{where} is not supported here; build the model as a layer or an nn.Sequential of "
@@ -151,6 +154,20 @@ def final_head(model: nn.Module, prepared: bool = False, images: bool = False) -
     ]
     if len(rest) == 1 and isinstance(rest[0][1], (nn.Linear, QuantizedLinear, PreparedLinear)):
         return rest[0][0]
+    return None
+
+
+def features_taken(model: nn.Module) -> int | None:
+    """The length of the flat inputs that ``model`` takes; None where it takes images as such."""
+    found = multiscale_of(model)
+    modules = [module for _, module in chain(model, images=True)] if found is None else [*found[0], found[1]]
+    for module in modules:
+        if isinstance(module, nn.Unflatten):
+            return math.prod(module.unflattened_size)
+        if isinstance(module, (*CONVOLUTIONAL, MultiscaleDEQ)):
+            return None
+        if (size := getattr(module, "in_features", None)) is not None:
+            return int(size)
     return None
 
 
