@@ -141,7 +141,7 @@ def test_what_is_not_proved_is_refused_and_says_what_is() -> None:
         lambda: eq.interval(model, x, x),
         lambda: eq.input_lipschitz(model),
     ):
-        with pytest.raises(StructureError, match="convolutional network can be"):
+        with pytest.raises(StructureError, match="network for images can be"):
             attempt()
     with pytest.raises(StructureError, match="Structured alone"):
         eq.quantize(model, eq.Assembled(bits=4))
