@@ -155,3 +155,4 @@ def test_a_reader_that_goes_away_changes_nothing(monkeypatch: pytest.MonkeyPatch
     common.say("text")
     monkeypatch.undo()
     gone.file.close()
+    assert (tmp_path / "out").read_text() == ""

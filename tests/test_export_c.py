@@ -81,8 +81,8 @@ def test_every_compiler_and_level_gives_the_same_bits(kind: str, level: str, tmp
     need_compiler()
     written(tmp_path / "net", kind)
     for cc in compilers():
-        build_and_run(tmp_path / "net", cc, level)
-        build_and_run(tmp_path / "net", cc, level, "-march=native")
+        assert "bit for bit" in build_and_run(tmp_path / "net", cc, level)
+        assert "bit for bit" in build_and_run(tmp_path / "net", cc, level, "-march=native")
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_32_bit_processors_give_the_same_bits(kind: str, level: str, tmp_path: P
         pytest.skip("no compiler here builds for 32 bits (-m32; Debian: gcc-multilib)")
     written(tmp_path / "net", kind)
     for cc in able:
-        build_and_run(tmp_path / "net", cc, level, "-m32")
+        assert "bit for bit" in build_and_run(tmp_path / "net", cc, level, "-m32")
 
 
 @pytest.mark.parametrize("kind", ["cayley-8-8", "cayley-6-1-2", "factored-2", "factored-4"])

@@ -230,7 +230,6 @@ def rates(layer: Any, certificate: Any, rng: np.random.Generator, ledger: Ledger
     good = away > 0
     u, v, at, away = u[good], v[good], at[good], away[good]
     name = f"{type(solver).__name__} {'l2' if eta is None else 'linf'}"
-    a, b = apply(u, at), apply(v, at)
     spread = LD(1) if eta is None else 1 / eta.min()
 
     def room(u: Array, v: Array, at: Array) -> Array:
@@ -239,7 +238,7 @@ def rates(layer: Any, certificate: Any, rng: np.random.Generator, ledger: Ledger
 
     rounding = room(u, v, at)
     slack = rounding + doubt * spread * away * (1 if eta is None else norms(eta))
-    ledger.most(f"rate {name}", certificate.rate, _length(a - b, eta) / away, slack / away)
+    ledger.most(f"rate {name}", certificate.rate, _length(apply(u, at) - apply(v, at), eta) / away, slack / away)
     if certificate.steps is not None and certificate.steps <= STEPS and rng.random() < 0.5:
         for _ in range(certificate.steps):
             u, v = apply(u, at), apply(v, at)

@@ -18,11 +18,9 @@ from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mon_conv import MonotoneConvolution
 from ..layers.multiscale_deq import MultiscaleDEQ
-from ..norms import Euclidean
 from ..operators import DenseOperator
-from ..quantization.schemes import scheme_to_dict
 from . import displacement as moved
-from .convergence import closed_rates, inexact_factor, solver_rate, steps_for
+from .convergence import layer_certificate, solver_rate
 from .convolutional import convolution_certificate
 from .multiscale import multiscale_certificate
 from .sides import SLACK, DenseSide, ImageSide, Side
@@ -153,28 +151,7 @@ def _layer_certificate(
     layer: EquilibriumLayer, proofs: Proofs, reference: nn.Module | None, name: str, tol: float
 ) -> Certificate:
     operator = proofs.quantized
-    margin, lipschitz = operator.margin(), operator.lipschitz()
-    certified = margin > 0
-    alpha, rate = solver_rate(layer.solver, operator)
-    scheme = layer.scheme
-    found = Certificate(
-        certified=certified,
-        verdict="certified" if certified else "unknown",
-        margin=finite_or_none(margin),
-        lipschitz=finite_or_none(lipschitz),
-        condition=finite_or_none(verified.up(lipschitz / margin)) if certified else None,
-        weight_condition=finite_or_none(verified.up(operator.norm() / margin)) if certified else None,
-        solver=type(layer.solver).__name__,
-        alpha=alpha,
-        rate=rate,
-        steps=steps_for(rate, tol),
-        tolerance=tol,
-        inexact=inexact_factor(rate),
-        closed_rates=closed_rates(margin if isinstance(operator.family, Euclidean) else 0.0, lipschitz),
-        family=operator.family.name,
-        measure=finite_or_none(verified.up(1 - margin)),
-        scheme=None if scheme is None else scheme_to_dict(scheme),
-    )
+    found = layer_certificate(layer, operator, solver_rate(layer.solver, operator), tol)
     if reference is None or proofs.reference is None:
         return found
     change = perturbation(layer, operator, proofs.reference)

@@ -8,10 +8,13 @@ import torch
 
 from .. import verified
 from ..errors import NotWellPosedError, OptionError, StructureError
-from ..norms import WeightedMax
-from ..operators import DenseOperator
+from ..layers.convolutional import ConvolutionalLayer
+from ..layers.equilibrium import EquilibriumLayer
+from ..norms import Euclidean, WeightedMax
+from ..operators import DenseOperator, MonotoneOperator
 from ..operators.conv import ConvOperator
 from ..operators.tiers import TierOperator
+from ..quantization.schemes import scheme_to_dict
 from ..solvers import (
     DouglasRachford,
     ForwardBackward,
@@ -20,8 +23,18 @@ from ..solvers import (
     Solver,
     Tseng,
 )
+from .types import Certificate, finite_or_none
 
-__all__ = ["closed_rates", "geometric_sum", "inexact_factor", "kernel_rate", "solver_rate", "steps_for", "tier_rate"]
+__all__ = [
+    "closed_rates",
+    "geometric_sum",
+    "inexact_factor",
+    "kernel_rate",
+    "layer_certificate",
+    "solver_rate",
+    "steps_for",
+    "tier_rate",
+]
 
 SLACK = 1 + 2.0**-45
 """Covers the dozen roundings of a closed formula."""
@@ -180,3 +193,32 @@ def geometric_sum(rate: float, decay: float, steps: int) -> float:
     else:
         total = -math.expm1(steps * math.log1p(-short)) / short
     return high ** (steps - 1) * total * (1 + 1e-12)
+
+
+def layer_certificate(
+    layer: EquilibriumLayer | ConvolutionalLayer,
+    operator: MonotoneOperator,
+    step: tuple[float | None, float | None],
+    tol: float,
+) -> Certificate:
+    """What is proved of one layer by itself: well posed or not, and how its solver, of ``step`` = (α, rate), nears."""
+    margin, lipschitz, (alpha, rate) = operator.margin(), operator.lipschitz(), step
+    certified = margin > 0
+    return Certificate(
+        certified=certified,
+        verdict="certified" if certified else "unknown",
+        margin=finite_or_none(margin),
+        lipschitz=finite_or_none(lipschitz),
+        condition=finite_or_none(verified.up(lipschitz / margin)) if certified else None,
+        weight_condition=finite_or_none(verified.up(operator.norm() / margin)) if certified else None,
+        solver=type(layer.solver).__name__,
+        alpha=alpha,
+        rate=rate,
+        steps=steps_for(rate, tol),
+        tolerance=tol,
+        inexact=inexact_factor(rate),
+        closed_rates=closed_rates(margin if isinstance(operator.family, Euclidean) else 0.0, lipschitz),
+        family=operator.family.name,
+        measure=finite_or_none(verified.up(1 - margin)),
+        scheme=None if layer.scheme is None else scheme_to_dict(layer.scheme),
+    )

@@ -3,13 +3,12 @@ monDEQ its symbols, on the torus that it was made for (theory §8)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .. import verified
 from ..layers.convolutional import ConvolutionalLayer
 from ..operators.conv import ConvOperator
-from ..quantization.schemes import scheme_to_dict
-from .convergence import closed_rates, inexact_factor, kernel_rate, steps_for, tier_rate
+from .convergence import kernel_rate, layer_certificate, tier_rate
 from .types import Certificate, finite_or_none
 from .wellposed import fresh_kernel
 
@@ -23,33 +22,13 @@ def convolution_certificate(layer: ConvolutionalLayer, reference: ConvolutionalL
     and of those multiplied by.
     """
     operator = fresh_kernel(layer)
-    margin, lipschitz = operator.margin(), operator.lipschitz()
-    certified = margin > 0
-    if rows := isinstance(operator, ConvOperator):
-        alpha, rate = kernel_rate(layer.solver, operator)
-    else:
-        alpha, rate = tier_rate(layer.solver, operator)
-    delta, sufficient = (None, None) if reference is None else _change(operator, fresh_kernel(reference))
-    return Certificate(
-        certified=certified,
-        verdict="certified" if certified else "unknown",
-        margin=finite_or_none(margin),
-        lipschitz=finite_or_none(lipschitz),
-        condition=finite_or_none(verified.up(lipschitz / margin)) if certified else None,
-        weight_condition=finite_or_none(verified.up(operator.norm() / margin)) if certified else None,
-        solver=type(layer.solver).__name__,
-        alpha=alpha,
-        rate=rate,
-        steps=steps_for(rate, tol),
-        tolerance=tol,
-        inexact=inexact_factor(rate),
-        closed_rates=closed_rates(0.0 if rows else margin, lipschitz),
-        family=operator.family.name,
-        measure=finite_or_none(verified.up(1 - margin)),
-        scheme=None if layer.scheme is None else scheme_to_dict(layer.scheme),
-        delta_norm=None if delta is None else finite_or_none(delta),
-        sufficient=sufficient,
-    )
+    solver = layer.solver
+    step = kernel_rate(solver, operator) if isinstance(operator, ConvOperator) else tier_rate(solver, operator)
+    found = layer_certificate(layer, operator, step, tol)
+    if reference is None:
+        return found
+    delta, sufficient = _change(operator, fresh_kernel(reference))
+    return replace(found, delta_norm=finite_or_none(delta), sufficient=sufficient)
 
 
 def _change(operator: Any, reference: Any) -> tuple[float, bool]:

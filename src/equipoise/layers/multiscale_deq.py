@@ -226,8 +226,7 @@ class MultiscaleDEQ(nn.Module, ABC):
             cell, rate, evaluator = self.map.cell("evaluation"), self.proved_rate(), self.evaluator()
             problem = MapProblem(CellMap(cell, injection, x), injection)
             if not len(x):
-                none = torch.zeros(0, dtype=torch.float64)
-                return Solution(injection.new_zeros(0, cell.features), none.bool(), none.long(), none, none, none)
+                return Solution.empty(injection.new_zeros(0, cell.features))
 
             def judge(part: MapProblem, w: Tensor) -> Verdict:
                 images = part.fixed_point.images  # type: ignore[attr-defined]

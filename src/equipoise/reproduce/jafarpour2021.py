@@ -27,7 +27,7 @@ from ..robust import PixelBall, pgd, robustness
 from ..robust_loss import RobustLoss
 from ..training import TrainingConfig, fit
 from .record import PERCENT, Comparison, Reproduction, Section, Table, compared
-from .run import Experiment, Paper, Settings
+from .run import Bench, Experiment, Paper, Settings
 
 __all__ = ["PAPER"]
 
@@ -56,15 +56,6 @@ class Trained:
     samples: int
     certified: list[float | None]
     attacked: list[float]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every experiment works on."""
-
-    settings: Settings
-    data: Data
-    folder: Path
 
 
 def begin(settings: Settings, data: Data, folder: Path) -> Bench:

@@ -23,7 +23,7 @@ from .journal import Journal
 from .page import write_page
 from .record import Reproduction
 
-__all__ = ["UNFINISHED", "Experiment", "Outcome", "Paper", "Settings", "run"]
+__all__ = ["UNFINISHED", "Bench", "Experiment", "Outcome", "Paper", "Settings", "run"]
 
 B = TypeVar("B")
 UNFINISHED = "unfinished"
@@ -51,6 +51,15 @@ class Settings:
         """Plain values that tell two runs apart: the checkpoint by its content, wherever it lies."""
         content = None if self.checkpoint is None else hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
         return {"checkpoint": content, "quick": self.quick, "seed": self.seed, "data": data}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every experiment of a paper works on, where it needs no more."""
+
+    settings: Settings
+    data: Data
+    folder: Path
 
 
 @dataclass(frozen=True)

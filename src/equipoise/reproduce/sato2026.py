@@ -32,7 +32,7 @@ from ..solvers import Anderson
 from ..training import evaluate
 from .record import PERCENT, Comparison, Reproduction, Section, Table, compared, decimals
 from .resumed import less, resumed
-from .run import UNFINISHED, Experiment, Paper, Settings
+from .run import UNFINISHED, Bench, Experiment, Paper, Settings
 
 __all__ = ["PAPER"]
 
@@ -72,15 +72,6 @@ class Found:
     step: float
     epochs: int
     samples: int
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every experiment works on."""
-
-    settings: Settings
-    data: Data
-    folder: Path
 
 
 def begin(settings: Settings, data: Data, folder: Path) -> Bench:

@@ -30,7 +30,7 @@ from ..report.words import MISSING, at_least, at_most
 from ..solvers import ForwardBackward, PeacemanRachford, Solver
 from .record import PERCENT, Comparison, Reproduction, Section, Table, compared
 from .resumed import less, resumed
-from .run import UNFINISHED, Experiment, Paper, Settings
+from .run import UNFINISHED, Bench, Experiment, Paper, Settings
 
 __all__ = ["PAPER"]
 
@@ -84,15 +84,6 @@ class Solves:
         """The run of that solver with the fewest steps among those in which every sample settled."""
         runs = [run for run in self.runs if run.solver == solver and run.settled == 1.0]
         return min(runs, key=lambda run: run.steps, default=None)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every experiment works on."""
-
-    settings: Settings
-    data: Data
-    folder: Path
 
 
 def begin(settings: Settings, data: Data, folder: Path) -> Bench:
