@@ -101,6 +101,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "certificates.boxes",
         "certificates.robustness",
         "certificates.iterates",
+        "certificates.fingerprint",
         "certificates.certify",
     ),
     (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise.certificates.fingerprint import fingerprint
 from equipoise.layers.blocks import CappedConv2d, CodedKernel
 from multiscale_networks import images, small
 
@@ -124,6 +125,7 @@ def test_files_give_back_the_same_network(kind: str, tmp_path: Path) -> None:
         model = nn.Sequential(nn.Unflatten(1, (2, 8, 8)), model).eval()
     eq.save(model, tmp_path / "m.safetensors")
     again = eq.load(tmp_path / "m.safetensors")
+    assert fingerprint(again) == fingerprint(model)
     x = images(3, torch.float32)
     x = x.flatten(1) if kind == "chain" else x
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import equipoise as eq
+from equipoise.certificates.fingerprint import fingerprint
 from equipoise.errors import FileFormatError, InputError, OptionError, StructureError
 from equipoise.operators.quantized_tiers import QuantizedSkewKernel, StructuredTiers
 from test_mon_conv import LAYERS, dense, gained, single, tiered, widened
@@ -138,6 +139,7 @@ def test_files_hold_the_very_numbers(multi: bool, tmp_path: Path) -> None:
         again = eq.load(tmp_path / "file")
         assert torch.equal(again(x), kept(x))
         assert again[1].scheme == kept[1].scheme
+        assert fingerprint(again) == fingerprint(kept)
         assert eq.margin(again) == eq.margin(kept)
         assert eq.size(again) == eq.size(kept) <= eq.size(model)
         assert {k: v.tolist() for k, v in again.state_dict().items()} == {

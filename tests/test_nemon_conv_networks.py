@@ -12,6 +12,7 @@ import equipoise as eq
 from command_line import Capsys, run, run_json
 from equipoise.data import load_data
 from equipoise.errors import FileFormatError, OptionError, StructureError
+from equipoise.files import read_certificate
 from equipoise.jobs import Job
 from equipoise.norms import WeightedMax
 from equipoise.operators.conv import ConvOperator
@@ -110,6 +111,7 @@ def test_files_hold_the_very_numbers(tmp_path: Path) -> None:
     for name, kept in (("float", model), ("codes", eq.quantize(model, eq.Structured(bits=2, head_bits=8)))):
         eq.save(kept, tmp_path / name, certificate=eq.certify(kept))
         again = eq.load(tmp_path / name)
+        assert read_certificate(tmp_path / name)["certified"] is True
         assert torch.equal(again(x), kept(x))
         assert again[1].scheme == kept[1].scheme
         assert eq.certify(again) == eq.certify(kept)

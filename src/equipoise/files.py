@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -23,6 +23,8 @@ from ._atomic import check_output, replacing
 from ._codecs.modules import MODULES
 from ._codecs.tensors import Fields, TensorReader, TensorWriter, open_tensors, parse
 from ._codecs.weights import read_module, write_module
+from .certificates.fingerprint import fingerprint
+from .certificates.types import Certificate
 from .data import Preprocessing
 from .errors import DataNotFoundError, EquipoiseError, FileFormatError, InputError, StructureError
 
@@ -36,16 +38,10 @@ _KINDS = "mondeq", "nemon", "nemon_conv", "mon_conv", "multi_tier", "lipschitz_m
 _MODELS = {kind: MODULES[kind] for kind in _KINDS}
 
 
-class SupportsJson(Protocol):
-    """Anything that writes itself as a JSON object, as a :class:`Certificate` does."""
-
-    def to_json(self) -> str: ...
-
-
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
-    certificate: SupportsJson | None = None,
+    certificate: Certificate | None = None,
     force: bool = False,
 ) -> None:
     """Write ``model`` to ``path``, whole or not at all.
@@ -58,12 +54,13 @@ def save(
         model: an equilibrium layer, or an ``nn.Sequential`` of them with Flatten, Linear and activation modules, and
             of images with Unflatten and AvgPool2d.
         path: of the file; its folder exists.
-        certificate: stored beside the model, for :func:`read_certificate`.
+        certificate: of this very model, stored beside it for :func:`read_certificate`.
         force: replace an existing file.
 
     Raises:
         StructureError: a module, activation or solver that files do not know, by name and position.
-        InputError: NaN or infinite weights; a certificate or preprocessing that is something else.
+        InputError: NaN or infinite weights; a certificate of another network; a certificate or preprocessing that is
+            something else.
         OutputError: an existing file without ``force``, or a folder that cannot be written.
     """
     check_output(path, force)
@@ -74,7 +71,7 @@ def save(
         "architecture": write_module(model, _MODELS, out),
         "checksums": out.checksums(),
         "preprocessing": _preprocessing_of(model),
-        "certificate": None if certificate is None else _json_of(certificate),
+        "certificate": None if certificate is None else _checked(certificate, model).to_json(),
     }
     if lost := model.state_dict().keys() ^ out.tensors.keys():
         raise StructureError(f"the model holds tensors that its modules do not account for: {', '.join(sorted(lost))}")
@@ -110,14 +107,21 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 def read_certificate(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The certificate stored in a model's file as plain values, None if there is none.
 
-    It says what was proved when the file was written. To have it proved, load the model and certify it.
+    It says what was proved when the file was written, of the network in the file: one of other numbers or options is
+    refused. Nothing is signed; to have it proved, load the model and certify it.
 
     Raises:
-        DataNotFoundError, FileFormatError: as :func:`load`.
+        DataNotFoundError, FileFormatError: as :func:`load`; or the certificate is of another network.
     """
     with _document(path) as (_, document):
         text = document.take("certificate", str, type(None))
-        return None if text is None else _json_object(text)
+        found = None if text is None else _json_object(text)
+    if found is not None and found.get("fingerprint") != fingerprint(load(path)):
+        raise FileFormatError(
+            f"{os.fspath(path)} holds a certificate of another network than the one in it: certify what is there, "
+            "eq.certify(eq.load(path))"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -164,13 +168,15 @@ def _attach_preprocessing(model: Any, values: dict[str, Any]) -> None:
         raise FileFormatError(f"preprocessing: {error}") from error
 
 
-def _json_of(certificate: SupportsJson) -> str:
-    try:
-        text = certificate.to_json()
-        _json_object(text)
-    except (AttributeError, TypeError, FileFormatError) as error:
-        raise InputError(f"certificate is a {type(certificate).__name__}; give what `certify` returns") from error
-    return text
+def _checked(certificate: Certificate, model: nn.Module) -> Certificate:
+    if not isinstance(certificate, Certificate):
+        raise InputError(f"certificate is a {type(certificate).__name__}; give what `certify` returns")
+    if certificate.fingerprint != fingerprint(model):
+        raise InputError(
+            "the certificate is of another network, or of this one before it was changed: give eq.certify(model) of "
+            "the model that is saved"
+        )
+    return certificate
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..operators import DenseOperator
 from . import displacement as moved
 from .convergence import layer_certificate, solver_rate
 from .convolutional import convolution_certificate
+from .fingerprint import fingerprint
 from .multiscale import multiscale_certificate
 from .sides import SLACK, DenseSide, ImageSide, Side
 from .types import Certificate, Verdict, finite_or_none, weakest
@@ -60,7 +61,7 @@ def certify(
         StructureError: an unsupported module, or a reference of another shape.
         InputError: inputs of the wrong shape, NaN or infinite; a layer that is neither float32 nor float64.
     """
-    return _certify(model, reference, inputs, tol, {})
+    return _stamped(model, reference, inputs, tol, {})
 
 
 class Certifier:
@@ -74,7 +75,15 @@ class Certifier:
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, model: nn.Module) -> Certificate:
-        return _certify(model, self.reference, self.inputs, self.tol, self._known)
+        return _stamped(model, self.reference, self.inputs, self.tol, self._known)
+
+
+def _stamped(
+    model: nn.Module, reference: nn.Module | None, inputs: Tensor | None, tol: float, known: dict[str, Tensor]
+) -> Certificate:
+    """The certificate with the name of the network it is about."""
+    found = _certify(model, reference, inputs, tol, known)
+    return replace(found, fingerprint=fingerprint(model))
 
 
 def _certify(

@@ -53,6 +53,9 @@ class Certificate:
     ``actual_displacement (B,)`` the distance of the computed equilibria, with ``actual_error (B,)`` bounding its own
     error; ``agreement``: the share of inputs whose class is proved equal to the reference's, through one linear
     head; ``unproved``: indices of the others.
+
+    ``fingerprint``: of the network that all this is about (:func:`equipoise.certificates.fingerprint.fingerprint`);
+    None in ``layers``.
     """
 
     certified: bool
@@ -84,6 +87,7 @@ class Certificate:
     actual_error: Tensor | None = None
     agreement: float | None = None
     unproved: Tensor | None = None
+    fingerprint: str | None = None
     layers: tuple[Certificate, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Which network a certificate speaks of: a digest of its stored numbers and of what gives them a meaning."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+__all__ = ["fingerprint"]
+
+PLAIN = (bool, int, float, str, tuple)
+"""Types of the attributes that count: sizes and options."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of every tensor of ``model`` (name, dtype, shape, bytes), of the classes of its modules,
+    and of their sizes and options.
+
+    A change of one bit of one code gives another digest; device, training mode and what is computed from the weights
+    do not count, so that a model and its file agree. It tells networks apart and is no signature.
+    """
+    digest = hashlib.sha256()
+
+    def take(*values: object) -> None:
+        digest.update(repr(values).encode())
+
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+        take(name, type(module).__qualname__, module.extra_repr())
+        take(sorted((key, value) for key, value in own.items() if isinstance(value, PLAIN)))
+    for name, tensor in model.state_dict().items():
+        take(name, tensor.dtype, tuple(tensor.shape))
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
