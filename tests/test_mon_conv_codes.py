@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from torch import nn
 import equipoise as eq
 from equipoise.certificates.fingerprint import fingerprint
 from equipoise.errors import FileFormatError, InputError, OptionError, StructureError
-from equipoise.operators.quantized_tiers import QuantizedSkewKernel, StructuredTiers
+from equipoise.operators.quantized_tiers import AssembledTiers, QuantizedSkewKernel, StructuredTiers, _distance
+from equipoise.parametrizations.convolution import Kernels
+from equipoise.quantization.codes import QuantizedTensor
 from test_mon_conv import LAYERS, dense, gained, single, tiered, widened
 
 F64 = torch.float64
@@ -127,6 +130,20 @@ def test_displacements_and_classes_per_input(multi: bool) -> None:
     assert shown[0] > shown[1] > 0
     with pytest.raises(InputError):
         eq.certify(small, model, torch.randn(3, 65))
+
+
+def test_codes_times_float64_scales_are_counted_as_rounded() -> None:
+    small = eq.quantize(single().double(), eq.Assembled(bits=8))
+    codes = small.recurrent.codes.codes
+    third = QuantizedTensor(codes, torch.tensor(0.01, dtype=F64) / 3, 8)
+    exact = [int(code) * Fraction(float(third.scale)) for code in codes.flatten()]
+    lost = [abs(Fraction(float(v)) - truth) for v, truth in zip(third.dequantize().flatten(), exact, strict=True)]
+    operator = AssembledTiers(third).operator(small.geometry, torch.zeros(1, dtype=F64))
+    assert 0 < max(lost) <= operator.representation_error < 1e-13
+    tap = third.dequantize().flatten()[int(torch.tensor([float(e) for e in lost]).argmax())].view(1, 1, 1, 1)
+    one = torch.ones(1, 1, 1, 1, dtype=F64)
+    kernels = Kernels((one, one), (tap,), (one,))  # block (1, 0) is −2 · tap
+    assert _distance(kernels, kernels, [0.0, 0.0]) >= 2 * max(lost)
 
 
 @pytest.mark.parametrize("multi", [False, True])

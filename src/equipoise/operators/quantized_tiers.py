@@ -276,8 +276,13 @@ def _kernel64(weights: MonotoneKernels) -> Tensor:
 def _plain(kernel: Tensor, geometry: Geometry, like: Tensor) -> TierOperator:
     """The operator of a stored ``kernel``, cast; what is proved holds of both."""
     cast = kernel.to(like.dtype)
-    apart = verified.up(size(cast.double() - kernel) + verified.UNIT * size(kernel))
+    apart = verified.up(size(cast.double() - kernel) * (1 + 1e-12) + _rounded(kernel))
     return TierOperator(Kernels((cast.to(like),)), geometry, floor=(-math.inf, apart))
+
+
+def _rounded(kernel: Tensor) -> float:
+    """What one rounding of each entry of ``kernel`` changes, in the 2-norm."""
+    return verified.up(2 * verified.UNIT * size(kernel) + verified.TINY * kernel.numel())
 
 
 def _forming(A: Tensor, K: Tensor, margin: float) -> float:
@@ -296,11 +301,14 @@ def _lowered(kernel: Tensor, by: float) -> Tensor:
 
 
 def _distance(used: Kernels, stored: Kernels, forming: list[float]) -> float:
-    """A bound of ‖W − W'‖₂ between two sets of kernels, the second known up to ``forming`` on its diagonal."""
+    """A bound of ‖W − W'‖₂ between two sets of kernels, the second known up to ``forming`` on its diagonal and up to
+    one rounding of each code times a float64 scale beside it."""
 
     def moved(ones: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> list[tuple[float, float]]:
-        pairs = [(one.detach().to("cpu", torch.float64), other) for one, other in zip(ones, others, strict=True)]
-        return [(size(one - other) * (1 + 1e-12), max(size(one), size(other))) for one, other in pairs]
+        found = []
+        for one, other in zip((one.detach().to("cpu", torch.float64) for one in ones), others, strict=True):
+            found.append((size(one - other) * (1 + 1e-12) + _rounded(other), max(size(one), size(other))))
+        return found
 
     own, down, lift = (moved(getattr(used, name), getattr(stored, name)) for name in ("own", "down", "lift"))
     blocks = torch.diag(torch.tensor([e + f for (e, _), f in zip(own, forming, strict=True)], dtype=torch.float64))
