@@ -125,7 +125,7 @@ KERNELS = {
 }
 
 
-def _write_layer(layer: MonotoneConvolution, out: TensorWriter) -> dict[str, Any]:
+def _write_layer(layer: MonotoneConvolution[Any], out: TensorWriter) -> dict[str, Any]:
     injection, geometry = layer.injection, layer.geometry
     if injection.bias is None:
         raise StructureError(f"a convolutional layer without a bias{out.where} cannot be saved")
@@ -148,8 +148,8 @@ def _write_layer(layer: MonotoneConvolution, out: TensorWriter) -> dict[str, Any
     }
 
 
-def _reader(kind: type[MonotoneConvolution]) -> Callable[[Fields, TensorReader], nn.Module]:
-    def read(fields: Fields, tensors: TensorReader) -> MonotoneConvolution:
+def _reader(kind: type[MonotoneConvolution[Any]]) -> Callable[[Fields, TensorReader], nn.Module]:
+    def read(fields: Fields, tensors: TensorReader) -> MonotoneConvolution[Any]:
         d, k = fields.size("in_channels"), fields.size("kernel_size")
         channels, image = (
             _integers(fields, name, high) for name, high in (("channels", 2**20), ("image_size", LARGEST))
@@ -176,7 +176,7 @@ def _reader(kind: type[MonotoneConvolution]) -> Callable[[Fields, TensorReader],
         make: Any = kind
         try:
             with torch.device("meta"):  # all weights are replaced
-                layer: MonotoneConvolution = make(
+                layer: MonotoneConvolution[Any] = make(
                     d, channels[0] if kind is MonConv2d else channels, image, k, **options
                 )
         except OptionError as error:
