@@ -68,6 +68,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "layers.cache",
         "layers.linear",
         "layers.memory",
+        "layers.solving",
         "layers.equilibrium",
         "layers.convolutional",
         "layers.mondeq",

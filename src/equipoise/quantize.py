@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
     return result
 
 
-def _quantize_kernels(layer: NEMONConv2d | MonotoneConvolution, scheme: Scheme) -> None:
+def _quantize_kernels(layer: NEMONConv2d | MonotoneConvolution[Any], scheme: Scheme) -> None:
     """Codes for the recurrent kernels; U and b stay floats."""
     weights, like = layer.recurrent, layer.injection.weight.detach()
     if isinstance(layer, MonotoneConvolution):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import FileFormatError, InputError, OptionError, StructureError
 from ..layers import NEMONConv2d
+from ..layers.convolutional import ConvolutionalLayer
 from ..operators.kernels import StructuredKernel
 from ..parametrizations import ContractiveKernel
 from ..parametrizations.nemon import check_gamma
-from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
-from .tensors import Fields, TensorReader, TensorWriter, plain
+from .options import read_options, read_scheme, write_options
+from .rows import check_family
+from .tensors import Fields, TensorReader, TensorWriter
 from .weights import Codec, filled, read_codes, read_module, write_codes, write_module
 
-__all__ = ["IMAGES"]
+__all__ = ["IMAGES", "read_layer", "write_injection"]
+
+Layer = TypeVar("Layer", bound=ConvolutionalLayer)
 
 
 def _write_contractive(weights: ContractiveKernel, out: TensorWriter) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def _read_contractive(fields: Fields, tensors: TensorReader) -> ContractiveKerne
     state = {"T": T, "d": tensors.take("d", (c,), T.dtype), "gamma": tensors.take("gamma", (), T.dtype)}
     module = filled(lambda: ContractiveKernel(c, k), state)
     check_gamma(float(module.gamma))
-    _check_family(module, fields)
+    check_family(module, fields)
     return module
 
 
@@ -52,36 +57,48 @@ def _read_structured(fields: Fields, tensors: TensorReader) -> StructuredKernel:
         raise FileFormatError(f"{fields.where}: {error}") from error
 
 
-def _check_family(module: ContractiveKernel, fields: Fields) -> None:
-    try:
-        module.family()
-    except InputError as error:
-        raise FileFormatError(f"{fields.where}: {error}") from error
-
-
 KERNELS = {
     "contractive_kernel": Codec(ContractiveKernel, _write_contractive, _read_contractive),
     "structured_kernel": Codec(StructuredKernel, _write_structured, _read_structured),
 }
 
 
-def _write_layer(layer: NEMONConv2d, out: TensorWriter) -> dict[str, Any]:
-    out.put("injection.weight", layer.injection.weight)
+def write_injection(layer: ConvolutionalLayer, out: TensorWriter) -> None:
     if layer.injection.bias is None:
         raise StructureError(f"a convolutional layer without a bias{out.where} cannot be saved")
+    out.put("injection.weight", layer.injection.weight)
     out.put("injection.bias", layer.injection.bias)
+
+
+def read_layer(
+    make: Callable[[], Layer], recurrent: nn.Module, shape: tuple[int, ...], fields: Fields, tensors: TensorReader
+) -> Layer:
+    """What ``make`` makes, with ``recurrent``, with U of this ``shape`` and b from the file, and with its scheme."""
+    U = tensors.take("injection.weight", shape)
+    b = tensors.take("injection.bias", shape[:1], U.dtype)
+    own = next(recurrent.parameters(), U).dtype  # codes are no parameters
+    if own != U.dtype:
+        raise FileFormatError(f"{fields.where}: kernels {own}, injection {U.dtype}")
+    try:
+        with torch.device("meta"):  # all weights are replaced
+            layer = make()
+    except OptionError as error:
+        raise FileFormatError(f"{fields.where}: {error}") from error
+    layer.recurrent = recurrent
+    layer.injection.load_state_dict({"weight": U, "bias": b}, assign=True)
+    layer.scheme = read_scheme(fields)
+    return layer
+
+
+def _write_layer(layer: NEMONConv2d, out: TensorWriter) -> dict[str, Any]:
+    write_injection(layer, out)
     return {
         "in_channels": layer.in_channels,
         "channels": layer.channels,
         "kernel_size": layer.injection.kernel_size[0],
         "stride": layer.injection.stride[0],
         "recurrent": write_module(layer.recurrent, KERNELS, out.under("recurrent")),
-        "activation": write_activation(layer.activation, out.where),
-        "solver": write_solver(layer.solver, out.where),
-        "tol": plain(layer.tol, out.where),
-        "backward_tol": plain(layer.backward_tol, out.where),
-        "strict": bool(layer.strict),
-        "scheme": write_scheme(layer.scheme, out.where),
+        **write_options(layer, out.where),
     }
 
 
@@ -89,29 +106,11 @@ def _read_layer(fields: Fields, tensors: TensorReader) -> NEMONConv2d:
     d, c, k = (fields.size(name) for name in ("in_channels", "channels", "kernel_size"))
     recurrent = read_module(fields.fields("recurrent", channels=c, kernel_size=k), KERNELS, tensors.under("recurrent"))
     assert isinstance(recurrent, (ContractiveKernel, StructuredKernel))
-    U = tensors.take("injection.weight", (c, d, k, k))
-    b = tensors.take("injection.bias", (c,), U.dtype)
-    if isinstance(recurrent, ContractiveKernel) and recurrent.T.dtype != U.dtype:
-        raise FileFormatError(f"{fields.where}: kernel {recurrent.T.dtype}, injection {U.dtype}")
-    try:
-        with torch.device("meta"):  # all weights are replaced
-            layer = NEMONConv2d(
-                d,
-                c,
-                k,
-                stride=fields.size("stride"),
-                activation=read_activation(fields.fields("activation")),
-                solver=read_solver(fields.fields("solver")),
-                tol=fields.take("tol", float, type(None)),
-                backward_tol=fields.take("backward_tol", float, type(None)),
-                strict=fields.take("strict", bool),
-            )
-    except OptionError as error:
-        raise FileFormatError(f"{fields.where}: {error}") from error
-    layer.recurrent = recurrent
-    layer.injection.load_state_dict({"weight": U, "bias": b}, assign=True)
-    layer.scheme = read_scheme(fields.take("scheme", dict, type(None)))
-    return layer
+
+    def make() -> NEMONConv2d:
+        return NEMONConv2d(d, c, k, stride=fields.size("stride"), **read_options(fields))
+
+    return read_layer(make, recurrent, (c, d, k, k), fields, tensors)
 
 
 def _write_unflatten(module: nn.Unflatten, out: TensorWriter) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..layers import NEMON, EquilibriumLayer, MonDEQ, QuantizedLinear
 from ..parametrizations import Contractive, Dense, Monotone, Weighted
 from .images import IMAGES
 from .multiscale import MULTISCALE
-from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
+from .options import read_options, read_scheme, write_options
 from .rows import ROW_WEIGHTS
 from .tensors import Fields, TensorReader, TensorWriter, plain
 from .tiers import TIERS
@@ -30,12 +30,7 @@ def _write_equilibrium(layer: EquilibriumLayer, out: TensorWriter) -> dict[str, 
         "features": layer.features,
         "recurrent": write_module(layer.recurrent, {**WEIGHTS, **ROW_WEIGHTS}, out.under("recurrent")),
         "injection": write_module(layer.injection, LINEAR, out.under("injection")),
-        "activation": write_activation(layer.activation, out.where),
-        "solver": write_solver(layer.solver, out.where),
-        "tol": plain(layer.tol, out.where),
-        "backward_tol": plain(layer.backward_tol, out.where),
-        "strict": bool(layer.strict),
-        "scheme": write_scheme(layer.scheme, out.where),
+        **write_options(layer, out.where),
     }
 
 
@@ -67,14 +62,10 @@ def _read_equilibrium(
         layer = kind(
             injection.in_features,
             n,
-            activation=read_activation(fields.fields("activation")),
-            solver=read_solver(fields.fields("solver")),
-            tol=fields.take("tol", float, type(None)),
-            backward_tol=fields.take("backward_tol", float, type(None)),
-            strict=fields.take("strict", bool),
+            **read_options(fields),
         )
     layer.recurrent, layer.injection = recurrent, injection
-    layer.scheme = read_scheme(fields.take("scheme", dict, type(None)))
+    layer.scheme = read_scheme(fields)
     return layer
 
 

@@ -86,7 +86,7 @@ def _reader(kind: Callable[..., MultiscaleDEQ], capped: bool) -> Callable[[Field
         options["backward_tol"] = fields.take("backward_tol", float, type(None))
         options["gradient"], options["strict"] = fields.take("gradient", str), fields.take("strict", bool)
         options["solver"] = read_solver(fields.fields("solver"))
-        scheme = read_scheme(fields.take("scheme", dict, type(None)))
+        scheme = read_scheme(fields)
         linear = read_module(fields.fields("linear"), LINEAR, tensors.under("head.linear"))
         bits = fields.take("bits", dict)
         try:

@@ -7,30 +7,47 @@ from typing import Any
 
 from ..activations import ACTIVATIONS, Activation, activation_from_dict
 from ..errors import FileFormatError, StructureError
+from ..layers.solving import SolvingLayer
 from ..quantization import SCHEMES, Scheme, scheme_from_dict, scheme_to_dict
 from ..solvers import SOLVERS, Rounded, Solver
 from .tensors import Fields, plain
 
-__all__ = [
-    "read_activation",
-    "read_scheme",
-    "read_solver",
-    "write_activation",
-    "write_scheme",
-    "write_solver",
-]
+__all__ = ["read_options", "read_scheme", "read_solver", "write_options", "write_scheme", "write_solver"]
 
 STORED: dict[str, type[Solver]] = {**SOLVERS, "Rounded": Rounded}
 """Every solver a file can hold: those that need no options, and the one that does."""
 
 
-def write_activation(activation: Activation, where: str) -> dict[str, Any]:
+def write_options(layer: SolvingLayer, where: str) -> dict[str, Any]:
+    """What a layer holds besides its weights, and its scheme."""
+    return {
+        "activation": _write_activation(layer.activation, where),
+        "solver": write_solver(layer.solver, where),
+        "tol": plain(layer.tol, where),
+        "backward_tol": plain(layer.backward_tol, where),
+        "strict": bool(layer.strict),
+        "scheme": write_scheme(layer.scheme, where),
+    }
+
+
+def read_options(fields: Fields) -> dict[str, Any]:
+    """The same as the layer's constructor takes it; the scheme is left to :func:`read_scheme`."""
+    return {
+        "activation": _read_activation(fields.fields("activation")),
+        "solver": read_solver(fields.fields("solver")),
+        "tol": fields.take("tol", float, type(None)),
+        "backward_tol": fields.take("backward_tol", float, type(None)),
+        "strict": fields.take("strict", bool),
+    }
+
+
+def _write_activation(activation: Activation, where: str) -> dict[str, Any]:
     if type(activation) not in ACTIVATIONS.values():
         raise StructureError(f"the activation {activation!r}{where} cannot be saved; known: {', '.join(ACTIVATIONS)}")
     return {key: plain(value, where) for key, value in activation.to_dict().items()}
 
 
-def read_activation(fields: Fields) -> Activation:
+def _read_activation(fields: Fields) -> Activation:
     name, options = fields.take("name", str), fields.options()
     if any(type(value) not in (int, float) for value in options.values()):
         raise FileFormatError(f"{fields.where}: {name} takes numbers")
@@ -73,5 +90,6 @@ def write_scheme(scheme: Scheme | None, where: str) -> dict[str, Any] | None:
     return scheme_to_dict(scheme)
 
 
-def read_scheme(values: dict[str, Any] | None) -> Scheme | None:
+def read_scheme(fields: Fields) -> Scheme | None:
+    values = fields.take("scheme", dict, type(None))
     return None if values is None else scheme_from_dict(values)

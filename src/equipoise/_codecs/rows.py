@@ -9,12 +9,12 @@ import torch
 from ..errors import FileFormatError, InputError
 from ..norms import WeightedMax
 from ..operators.contractive import AssembledRows, StructuredRows
-from ..parametrizations import Contractive, Weighted
+from ..parametrizations import Contractive, ContractiveKernel, Weighted
 from ..parametrizations.nemon import check_gamma
 from .tensors import Fields, TensorReader, TensorWriter
 from .weights import Codec, filled, read_codes, write_codes
 
-__all__ = ["ROW_WEIGHTS"]
+__all__ = ["ROW_WEIGHTS", "check_family"]
 
 
 def _write_contractive(weights: Contractive, out: TensorWriter) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def _read_contractive(fields: Fields, tensors: TensorReader) -> Contractive:
     state = {"T": T, "d": tensors.take("d", (n,), T.dtype), gamma: tensors.take(gamma, (), T.dtype)}
     module = filled(lambda: Contractive(n, learn_gamma=learned, learn_weights=learn_weights), state)
     check_gamma(float(module.current_gamma().detach()))
-    _family(module, fields)
+    check_family(module, fields)
     return module
 
 
@@ -46,7 +46,7 @@ def _read_weighted(fields: Fields, tensors: TensorReader) -> Weighted:
     weight = tensors.take("weight", (n, n))
     module = Weighted(weight, torch.ones(n))
     module.log_eta = tensors.take("log_eta", (n,), weight.dtype)
-    _family(module, fields)
+    check_family(module, fields)
     return module
 
 
@@ -83,7 +83,7 @@ def _eta(n: int, fields: Fields, tensors: TensorReader) -> torch.Tensor:
     return eta
 
 
-def _family(module: Contractive | Weighted, fields: Fields) -> None:
+def check_family(module: Contractive | ContractiveKernel | Weighted, fields: Fields) -> None:
     try:
         module.family()
     except InputError as error:

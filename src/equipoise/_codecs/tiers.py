@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FileFormatError, InputError, OptionError, StructureError
+from ..errors import FileFormatError, InputError
 from ..layers import MonConv2d, MultiTierMonDEQ
 from ..layers.mon_conv import MonotoneConvolution
 from ..operators.quantized_tiers import AssembledTiers, CompensatedTiers, QuantizedSkewKernel, StructuredTiers
 from ..parametrizations import MonotoneKernels
 from ..parametrizations.monotone import check_margin
-from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
-from .tensors import Fields, TensorReader, TensorWriter, plain
+from .images import read_layer, write_injection
+from .options import read_options, write_options
+from .tensors import Fields, TensorReader, TensorWriter
 from .weights import Codec, filled, read_codes, read_module, write_codes, write_module
 
 __all__ = ["TIERS"]
@@ -125,12 +126,9 @@ KERNELS = {
 }
 
 
-def _write_layer(layer: MonotoneConvolution, out: TensorWriter) -> dict[str, Any]:
+def _write_layer(layer: MonotoneConvolution[Any], out: TensorWriter) -> dict[str, Any]:
     injection, geometry = layer.injection, layer.geometry
-    if injection.bias is None:
-        raise StructureError(f"a convolutional layer without a bias{out.where} cannot be saved")
-    out.put("injection.weight", injection.weight)
-    out.put("injection.bias", injection.bias)
+    write_injection(layer, out)
     return {
         "in_channels": layer.in_channels,
         "channels": list(geometry.channels),
@@ -139,17 +137,12 @@ def _write_layer(layer: MonotoneConvolution, out: TensorWriter) -> dict[str, Any
         "border": geometry.border,
         "stride": injection.stride[0],
         "recurrent": write_module(layer.recurrent, KERNELS, out.under("recurrent")),
-        "activation": write_activation(layer.activation, out.where),
-        "solver": write_solver(layer.solver, out.where),
-        "tol": plain(layer.tol, out.where),
-        "backward_tol": plain(layer.backward_tol, out.where),
-        "strict": bool(layer.strict),
-        "scheme": write_scheme(layer.scheme, out.where),
+        **write_options(layer, out.where),
     }
 
 
-def _reader(kind: type[MonotoneConvolution]) -> Callable[[Fields, TensorReader], nn.Module]:
-    def read(fields: Fields, tensors: TensorReader) -> MonotoneConvolution:
+def _reader(kind: type[MonotoneConvolution[Any]]) -> Callable[[Fields, TensorReader], nn.Module]:
+    def read(fields: Fields, tensors: TensorReader) -> MonotoneConvolution[Any]:
         d, k = fields.size("in_channels"), fields.size("kernel_size")
         channels, image = (
             _integers(fields, name, high) for name, high in (("channels", 2**20), ("image_size", LARGEST))
@@ -158,33 +151,15 @@ def _reader(kind: type[MonotoneConvolution]) -> Callable[[Fields, TensorReader],
             raise FileFormatError(f"{fields.where}: channels {channels} on images {image} make no {kind.__name__}")
         weights = fields.fields("recurrent", channels=list(channels), kernel_size=k)
         recurrent = read_module(weights, KERNELS, tensors.under("recurrent"))
-        U = tensors.take("injection.weight", (channels[0], d, k, k))
-        b = tensors.take("injection.bias", (channels[0],), U.dtype)
-        if isinstance(recurrent, MonotoneKernels) and recurrent.A[0].dtype != U.dtype:
-            raise FileFormatError(f"{fields.where}: kernels {recurrent.A[0].dtype}, injection {U.dtype}")
-        options: dict[str, Any] = {
-            "border": fields.size("border", 0),
-            "stride": fields.size("stride"),
-            "activation": read_activation(fields.fields("activation")),
-            "solver": read_solver(fields.fields("solver")),
-            "tol": fields.take("tol", float, type(None)),
-            "backward_tol": fields.take("backward_tol", float, type(None)),
-            "strict": fields.take("strict", bool),
-        }
-        if options["border"] > LARGEST:
-            raise FileFormatError(f"{fields.where}: a border of {options['border']} pixels")
-        make: Any = kind
-        try:
-            with torch.device("meta"):  # all weights are replaced
-                layer: MonotoneConvolution = make(
-                    d, channels[0] if kind is MonConv2d else channels, image, k, **options
-                )
-        except OptionError as error:
-            raise FileFormatError(f"{fields.where}: {error}") from error
-        layer.recurrent = recurrent  # type: ignore[assignment]
-        layer.injection.load_state_dict({"weight": U, "bias": b}, assign=True)
-        layer.scheme = read_scheme(fields.take("scheme", dict, type(None)))
-        return layer
+        border, stride = fields.size("border", 0), fields.size("stride")
+        if border > LARGEST:
+            raise FileFormatError(f"{fields.where}: a border of {border} pixels")
+        sizes: Any = channels[0] if kind is MonConv2d else channels
+
+        def make() -> MonotoneConvolution[Any]:
+            return kind(d, sizes, image, k, border=border, stride=stride, **read_options(fields))
+
+        return read_layer(make, recurrent, (channels[0], d, k, k), fields, tensors)
 
     return read
 

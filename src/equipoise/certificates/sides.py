@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -132,10 +132,10 @@ class DenseSide(Side):
 class ImageSide(Side):
     """A layer on images, in float64: its states are images with borders, laid out as its operator wants them."""
 
-    layer: MonotoneConvolution
+    layer: MonotoneConvolution[Any]
 
     @classmethod
-    def of(cls, layer: MonotoneConvolution) -> ImageSide:
+    def of(cls, layer: MonotoneConvolution[Any]) -> ImageSide:
         wide = copy.deepcopy(layer).to("cpu", torch.float64)
         weights = layer.recurrent
         if isinstance(weights, MonotoneKernels):  # as the layer computes them, in its own dtype

@@ -15,10 +15,14 @@ from ..solvers.loop import Stop
 __all__ = [
     "check_affine",
     "check_finite",
+    "check_sizes",
     "check_solver",
     "check_square",
+    "check_stop",
     "check_tensors",
     "check_tol",
+    "described",
+    "height_and_width",
     "reached",
     "refuse",
 ]
@@ -50,6 +54,34 @@ def check_solver(solver: Solver) -> Solver:
 def refuse(options: dict[str, Any], where: str, name: str, why: str) -> None:
     if name in options:
         raise OptionError(f"{where} takes no {name}: {why}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise :class:`OptionError` unless all are positive integers, and a ``kernel_size`` is odd."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} is {value!r}; it is a positive integer")
+    if sizes.get("kernel_size", 1) % 2 == 0:
+        raise OptionError(f"kernel_size is {sizes['kernel_size']}; it is odd, so that a kernel has a centre")
+
+
+def height_and_width(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """``size`` as (height, width)."""
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise OptionError(f"{name} is {size!r}; it is a number of pixels, or (height, width)")
+    check_sizes(height=sides[0], width=sides[1])
+    return sides[0], sides[1]
+
+
+def described(x: object) -> str:
+    """An input as a message shows it."""
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_stop(stop: Stop) -> None:
+    if stop not in ("bound", "residual"):
+        raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
 
 
 def check_tol(tol: float) -> float:

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..activations import Activation, as_activation
-from ..errors import InputError, OptionError
-from ..implicit import attach, equilibrate, report_failures
+from ..activations import Activation
+from ..errors import InputError
+from ..implicit import equilibrate, report_failures
 from ..norms import WeightedMax
 from ..operators import MonotoneOperator
 from ..operators.base import product_rounding
 from ..operators.grids import correlate
-from ..quantization.schemes import Scheme
 from ..solvers import Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
-from .arguments import check_solver, check_tol, reached
-from .cache import Derived
+from .arguments import check_solver, check_stop, check_tol, described, reached
 from .memory import Memory
+from .solving import TOLERANCE, Options, SolvingLayer
 
-__all__ = ["ConvolutionalLayer", "check_sizes"]
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise :class:`OptionError` unless all are positive integers, and a ``kernel_size`` is odd."""
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name} is {value!r}; it is a positive integer")
-    if sizes.get("kernel_size", 1) % 2 == 0:
-        raise OptionError(f"kernel_size is {sizes['kernel_size']}; it is odd, so that a kernel has a centre")
+__all__ = ["ConvolutionalLayer"]
 
 
-class ConvolutionalLayer(nn.Module, ABC):
+class ConvolutionalLayer(SolvingLayer):
     """x ``(B, c, H, W)`` ↦ images of z*, the one solution of z = σ(W z + U ∗ x + b): the abstract base of its kinds.
 
     ``recurrent`` gives W, ``injection`` U and b. States are ``(B, n)``, laid out as the kind's operator wants them.
@@ -46,27 +34,9 @@ class ConvolutionalLayer(nn.Module, ABC):
     recurrent: nn.Module
     injection: nn.Conv2d
 
-    def __init__(
-        self,
-        recurrent: nn.Module,
-        injection: nn.Conv2d,
-        activation: Activation | str,
-        solver: Solver,
-        tol: float | None,
-        backward_tol: float | None,
-        training_tol: float | None,
-        strict: bool,
-    ) -> None:
-        super().__init__()
+    def __init__(self, recurrent: nn.Module, injection: nn.Conv2d, options: Options) -> None:
+        super().__init__(options)
         self.recurrent, self.injection = recurrent, injection
-        self.activation, self.solver = as_activation(activation), check_solver(solver)
-        self.tol, self.backward_tol, self.training_tol = (
-            None if value is None else check_tol(value) for value in (tol, backward_tol, training_tol)
-        )
-        self.strict = strict
-        self.scheme: Scheme | None = None
-        self._derived = Derived()
-        self.training_memory: Memory | None = None
 
     @property
     def in_channels(self) -> int:
@@ -127,8 +97,7 @@ class ConvolutionalLayer(nn.Module, ABC):
             operator, activation = self._operator_for(size), self._sigma(q)
             if not len(q):
                 return self._leave(activation(q), size)
-            tol = self.training_tol if self.training and self.training_tol is not None else self.tol
-            tol = TOLERANCE[q.dtype] if tol is None else tol
+            tol = self._tolerance(q.dtype)
             tuning, memory = self._tuned(operator, activation, q)
             problem = Problem(operator, q.detach(), activation)
             w, done = equilibrate(self.solver, tuning, problem, tol, memory.forward if memory else None)
@@ -137,14 +106,7 @@ class ConvolutionalLayer(nn.Module, ABC):
                 tuning, memory = self._tuned(operator, activation, q)
                 w, done = equilibrate(self.solver, tuning, problem, tol)
             report_failures(done, w, self.strict, "forward")
-            back_tol = tol if self.backward_tol is None else self.backward_tol
-
-            def back(adjoint: Problem) -> Tensor:
-                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol, memory.backward if memory else None)
-                report_failures(settled, y, self.strict, "backward")
-                return y
-
-            return self._leave(attach(q, w, activation, operator, back), size)
+            return self._leave(self._attached(q, w, activation, operator, tuning, memory), size)
 
     @torch.no_grad()
     def solve(
@@ -154,9 +116,8 @@ class ConvolutionalLayer(nn.Module, ABC):
 
         In a layer of the maximum-norm family all norms are ‖·‖_∞.
         """
+        check_stop(stop)
         check_tol(tol)
-        if stop not in ("bound", "residual"):
-            raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
         solver = self.solver if solver is None else check_solver(solver)
         with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
             q, size = self._inject(x, summed=True)
@@ -177,9 +138,8 @@ class ConvolutionalLayer(nn.Module, ABC):
     def _inject(self, x: Tensor, summed: bool = False) -> tuple[Tensor, tuple[int, int]]:
         """(U ∗ x + b as states, the injected images' (H, W)) after checking x; ``summed``: by sums of products, whose
         rounding :meth:`_injection_error` bounds."""
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.injection.in_channels:
-            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"the input is {given}; (batch, {self.injection.in_channels}, height, width) is needed")
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise InputError(f"the input is {described(x)}; (batch, {self.in_channels}, height, width) is needed")
         dtype = self.injection.weight.dtype
         if not x.is_floating_point() or dtype not in TOLERANCE:
             raise InputError(f"the input is {x.dtype}, the layer {dtype}; floats of 32 or 64 bits are needed")
@@ -232,10 +192,6 @@ class ConvolutionalLayer(nn.Module, ABC):
             kept[key] = tuned(self.solver, operator, activation, q)
         found: Tuning = kept[key]
         return found
-
-    def forget_tuning(self) -> None:
-        """Have the next call search for the solver's step."""
-        self._derived, self.training_memory = Derived(), None
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, solver={self.solver}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
 from dataclasses import replace
 from typing import Any, Self
 
@@ -11,68 +10,42 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..activations import Activation, as_activation
-from ..errors import InputError, OptionError
-from ..implicit import attach, equilibrate, report_failures
+from ..activations import Activation
+from ..errors import InputError
+from ..implicit import equilibrate, report_failures
 from ..norms import EUCLIDEAN, Norm, WeightedMax
 from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
 from ..operators.base import product_rounding
 from ..operators.dense import in_proving_norm
 from ..parametrizations import Dense
-from ..quantization.schemes import Scheme
 from ..solvers import PeacemanRachford, Picard, Problem, Solution, Solver, Tuning, solve, tuned
 from ..solvers.loop import Stop
-from .arguments import check_finite, check_solver, check_tol, reached
+from .arguments import check_finite, check_solver, check_stop, check_tol, described, reached
 from .cache import Derived, keeping
 from .linear import PreparedLinear, QuantizedLinear, affine, affine64, anchor
 from .memory import Memory
+from .solving import TOLERANCE, Options, SolvingLayer
 
 __all__ = ["EquilibriumLayer", "family_of", "solver_in_rows"]
 
 NEAR = 1e-3
 """A float32 solve that came this near, relative to its answer, but not to the tolerance is finished in float64."""
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
-
-class EquilibriumLayer(nn.Module, ABC):
+class EquilibriumLayer(SolvingLayer):
     """x ``(B, d)`` ↦ z* ``(B, n)``, the solution of z = σ(W z + U x + b): the abstract base of its kinds.
 
     ``recurrent`` gives W; the norm in which it is well posed is the weights' own (``family()``, by default the
     2-norm). ``injection`` gives U and b.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        recurrent: nn.Module,
-        features: int,
-        activation: Activation | str,
-        solver: Solver,
-        tol: float | None,
-        backward_tol: float | None,
-        training_tol: float | None,
-        strict: bool,
-    ) -> None:
-        super().__init__()
+    def __init__(self, in_features: int, recurrent: nn.Module, features: int, options: Options) -> None:
+        super().__init__(options)
         self.recurrent = recurrent
         self.injection: nn.Module = nn.Linear(in_features, features)
         self.in_features, self.features = in_features, features
-        self.activation, self.solver = as_activation(activation), check_solver(solver)
-        self.tol = None if tol is None else check_tol(tol)
-        self.backward_tol = None if backward_tol is None else check_tol(backward_tol)
-        self.training_tol = None if training_tol is None else check_tol(training_tol)
-        self.strict = strict
-        self.scheme: Scheme | None = None
-        self._derived, self._derived_injection = Derived(), Derived()
-        self.training_memory: Memory | None = None  # of the last steps; no part of the state
+        self._derived_injection = Derived()
         self.box_memory: Memory | None = None
-
-    @staticmethod
-    def _check_sizes(**sizes: int) -> None:
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} is {value!r}; it is a positive integer")
 
     def _assembled(self, recurrent: nn.Module, W: Tensor, U: Tensor, b: Tensor) -> Self:
         """This layer with other weights, in their dtype and on their device."""
@@ -184,14 +157,7 @@ class EquilibriumLayer(nn.Module, ABC):
                 self.training_memory.keep(operator)
             if not (q.requires_grad or any(t.requires_grad for t in operator.tensors())):
                 return self.activation(operator.apply(w).add_(q))
-            back_tol = tol if self.backward_tol is None else self.backward_tol
-
-            def back(adjoint: Problem) -> Tensor:
-                y, settled = equilibrate(self.solver, tuning, adjoint, back_tol, memory.backward if memory else None)
-                report_failures(settled, y, self.strict, "backward")
-                return y
-
-            return attach(q, w, self.activation, operator, back)
+            return self._attached(q, w, self.activation, operator, tuning, memory)
 
     @torch.no_grad()
     def solve(
@@ -212,8 +178,7 @@ class EquilibriumLayer(nn.Module, ABC):
                 sample counts as converged where no margin is proved), ``"residual"`` until ‖w − p‖ is.
             strict: raise :class:`ConvergenceError` instead of warning where a sample does not converge.
         """
-        if stop not in ("bound", "residual"):
-            raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
+        check_stop(stop)
         check_tol(tol)
         solver = self.solver if solver is None else check_solver(solver)
         with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
@@ -271,9 +236,8 @@ class EquilibriumLayer(nn.Module, ABC):
     def _inject(self, x: Tensor) -> Tensor:
         """q = U x + b ``(B, n)`` after checking x."""
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.in_features:
-            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(
-                f"the input is {given}; (batch, {self.in_features}) is needed: flatten images with "
+                f"the input is {described(x)}; (batch, {self.in_features}) is needed: flatten images with "
                 "torch.nn.Flatten, and give a single sample as x[None]"
             )
         if not x.is_floating_point():
@@ -323,11 +287,6 @@ class EquilibriumLayer(nn.Module, ABC):
         prepared = trains and isinstance(self.recurrent, PreparedWeight)
         return (prepared, self.training_tol, self.tol, self.backward_tol) if trains and self.training else (prepared,)
 
-    def _tolerance(self, dtype: torch.dtype) -> float:
-        if self.training and self.training_tol is not None:
-            return self.training_tol
-        return TOLERANCE[dtype] if self.tol is None else self.tol
-
     def _prepare(self, solver: Solver) -> tuple[DenseOperator, Tuning]:
         """The operator with the solver's step for it; in training a step found some calls ago."""
         with keeping():  # what is kept must serve training as well
@@ -354,8 +313,8 @@ class EquilibriumLayer(nn.Module, ABC):
         return tuning
 
     def forget_tuning(self) -> None:
-        """Have the next call search for the solver's step, as in a process that goes on from a checkpoint."""
-        self._derived, self.training_memory, self.box_memory = Derived(), None, None
+        super().forget_tuning()
+        self.box_memory = None
 
     def extra_repr(self) -> str:
         return (

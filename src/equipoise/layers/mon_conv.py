@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import lru_cache
-from typing import final
+from typing import Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,19 @@ from ..operators.quantized_tiers import QuantizedTiers
 from ..operators.tiers import TierOperator
 from ..parametrizations import MonotoneKernels
 from ..solvers import PeacemanRachford, Solver
+from .arguments import check_sizes, height_and_width
 from .border import Bordered
 from .cache import keeping
-from .convolutional import ConvolutionalLayer, check_sizes
+from .convolutional import ConvolutionalLayer
+from .solving import Options
 
 __all__ = ["MonConv2d", "MonotoneConvolution", "MultiTierMonDEQ"]
 
 
-class MonotoneConvolution(ConvolutionalLayer):
+Channels = TypeVar("Channels", int, tuple[int, ...])
+
+
+class MonotoneConvolution(ConvolutionalLayer, Generic[Channels]):
     """What :class:`MonConv2d` and :class:`MultiTierMonDEQ` share: tiers of images with a masked border."""
 
     recurrent: MonotoneKernels | QuantizedTiers
@@ -31,31 +37,42 @@ class MonotoneConvolution(ConvolutionalLayer):
     def __init__(
         self,
         in_channels: int,
-        channels: tuple[int, ...],
+        channels: Channels,
         image_size: int | tuple[int, int],
-        kernel_size: int,
-        margin: float,
-        learn_margin: bool,
-        border: int | None,
-        stride: int,
-        activation: Activation | str,
-        solver: Solver | None,
-        tol: float | None,
-        backward_tol: float | None,
-        training_tol: float | None,
-        strict: bool,
+        kernel_size: int = 3,
+        margin: float = 1.0,
+        learn_margin: bool = False,
+        border: int | None = None,
+        stride: int = 1,
+        activation: Activation | str = ReLU(),
+        solver: Solver | None = None,
+        tol: float | None = None,
+        backward_tol: float | None = None,
+        training_tol: float | None = None,
+        strict: bool = False,
     ) -> None:
+        tiers = self._tiers(channels)
         check_sizes(in_channels=in_channels, kernel_size=kernel_size, stride=stride)
         border = kernel_size // 2 if border is None else border
         if isinstance(border, bool) or not isinstance(border, int) or border < 0:
             raise OptionError(f"border is {border!r}; it is a number of pixels, 0 for none")
-        image = _pair(image_size)
-        geometry = _geometry(channels, image, stride, border)
-        recurrent = MonotoneKernels(channels, kernel_size, margin, learn_margin)
-        injection = nn.Conv2d(in_channels, channels[0], kernel_size, stride, kernel_size // 2)
+        image = height_and_width(image_size, "image_size")
+        geometry = _geometry(tiers, image, stride, border)
+        recurrent = MonotoneKernels(tiers, kernel_size, margin, learn_margin)
+        injection = nn.Conv2d(in_channels, tiers[0], kernel_size, stride, kernel_size // 2)
         solver = PeacemanRachford() if solver is None else solver
-        super().__init__(recurrent, injection, activation, solver, tol, backward_tol, training_tol, strict)
+        super().__init__(recurrent, injection, Options(activation, solver, tol, backward_tol, training_tol, strict))
         self.image_size, self.geometry = image, geometry
+
+    @staticmethod
+    @abstractmethod
+    def _tiers(channels: Channels) -> tuple[int, ...]:
+        """The channels of every tier; raises :class:`OptionError` unless they are positive integers."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> Channels:
+        """As the constructor takes them."""
 
     @property
     def border(self) -> int:
@@ -130,7 +147,7 @@ class MonotoneConvolution(ConvolutionalLayer):
 
 
 @final
-class MonConv2d(MonotoneConvolution):
+class MonConv2d(MonotoneConvolution[int]):
     """x ``(B, c, H, W)`` ↦ z* ``(B, C, H/stride, W/stride)``, the one solution of z = σ(W z + U ∗ x + b) [WK20].
 
     W = (1 − m) I − AᵀA + B − Bᵀ with A = √g K/‖K‖_F, g = a² >= 0, and B = h K'/‖K'‖_F circular convolutions: it has
@@ -155,28 +172,10 @@ class MonConv2d(MonotoneConvolution):
         OptionError: a value outside its range.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        image_size: int | tuple[int, int],
-        kernel_size: int = 3,
-        margin: float = 1.0,
-        learn_margin: bool = False,
-        border: int | None = None,
-        stride: int = 1,
-        activation: Activation | str = ReLU(),
-        solver: Solver | None = None,
-        tol: float | None = None,
-        backward_tol: float | None = None,
-        training_tol: float | None = None,
-        strict: bool = False,
-    ) -> None:
+    @staticmethod
+    def _tiers(channels: int) -> tuple[int, ...]:
         check_sizes(channels=channels)
-        options = activation, solver, tol, backward_tol, training_tol, strict
-        super().__init__(
-            in_channels, (channels,), image_size, kernel_size, margin, learn_margin, border, stride, *options
-        )
+        return (channels,)
 
     @property
     def channels(self) -> int:
@@ -184,7 +183,7 @@ class MonConv2d(MonotoneConvolution):
 
 
 @final
-class MultiTierMonDEQ(MonotoneConvolution):
+class MultiTierMonDEQ(MonotoneConvolution[tuple[int, ...]]):
     """x ``(B, c, H, W)`` ↦ the coarsest tier's z* ``(B, C_last, H_last, W_last)`` of one equilibrium on several tiers.
 
     Tier i has ``channels[i]`` channels on images half as high and wide as the tier above, each with the border; A maps
@@ -205,31 +204,13 @@ class MultiTierMonDEQ(MonotoneConvolution):
         OptionError: a value outside its range, or sizes that do not halve.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: tuple[int, ...],
-        image_size: int | tuple[int, int],
-        kernel_size: int = 3,
-        margin: float = 1.0,
-        learn_margin: bool = False,
-        border: int | None = None,
-        stride: int = 1,
-        activation: Activation | str = ReLU(),
-        solver: Solver | None = None,
-        tol: float | None = None,
-        backward_tol: float | None = None,
-        training_tol: float | None = None,
-        strict: bool = False,
-    ) -> None:
+    @staticmethod
+    def _tiers(channels: tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(channels, (tuple, list)) or not channels:
             raise OptionError(f"channels is {channels!r}; it is a tuple such as (16, 32, 32), one entry per tier")
         for count in channels:
             check_sizes(channels=count)
-        options = activation, solver, tol, backward_tol, training_tol, strict
-        super().__init__(
-            in_channels, tuple(channels), image_size, kernel_size, margin, learn_margin, border, stride, *options
-        )
+        return tuple(channels)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -241,14 +222,6 @@ def _outside(geometry: Geometry, device: torch.device) -> Tensor:
     """Indices of a state's entries on the border."""
     with torch.inference_mode(False):
         return (~geometry.interior()).nonzero()[:, 0].to(device)
-
-
-def _pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
-        raise OptionError(f"image_size is {image_size!r}; it is a number of pixels, or (height, width)")
-    check_sizes(height=sizes[0], width=sizes[1])
-    return sizes[0], sizes[1]
 
 
 def _geometry(channels: tuple[int, ...], image: tuple[int, int], stride: int, border: int) -> Geometry:

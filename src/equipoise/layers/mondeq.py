@@ -12,8 +12,9 @@ from ..operators import DenseOperator
 from ..operators.dense import in_proving_norm
 from ..parametrizations import Dense, Monotone
 from ..solvers import PeacemanRachford, Solver
-from .arguments import check_affine, check_square, check_tensors, refuse
+from .arguments import check_affine, check_sizes, check_square, check_tensors, refuse
 from .equilibrium import EquilibriumLayer
+from .solving import Options
 
 __all__ = ["MonDEQ"]
 
@@ -59,9 +60,10 @@ class MonDEQ(EquilibriumLayer):
         training_tol: float | None = None,
         strict: bool = False,
     ) -> None:
-        self._check_sizes(in_features=in_features, features=features)
+        check_sizes(in_features=in_features, features=features)
         weights = Monotone(features, rank, margin, learn_margin)
-        super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, training_tol, strict)
+        options = Options(activation, solver, tol, backward_tol, training_tol, strict)
+        super().__init__(in_features, weights, features, options)
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, margin: float, U: Tensor, b: Tensor, **options: Any) -> MonDEQ:

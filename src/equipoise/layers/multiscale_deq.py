@@ -16,7 +16,7 @@ from ..implicit import AdjointMap, attach_map, report_failures
 from ..quantization.schemes import Scheme
 from ..solvers import Anderson, Broyden, MapProblem, Picard, Solution, Solver, Tuning, Verdict, iterate
 from ..solvers.loop import Stop
-from .arguments import check_solver, check_tol, reached
+from .arguments import check_sizes, check_solver, check_stop, check_tol, described, height_and_width, reached
 from .blocks import Multiscale, Plan, standardize
 from .linear import QuantizedLinear
 from .multiscale import Cell, CellMap, Shape, split
@@ -74,11 +74,9 @@ class MultiscaleDEQ(nn.Module, ABC):
         strict: bool,
     ) -> None:
         super().__init__()
-        for name, value in {"in_channels": in_channels, "classes": classes, "stem_stride": stem_stride,
-                            "head_channels": head_channels, "phantom_steps": phantom_steps}.items():  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} is {value!r}; it is a positive integer")
-        self.size = _pair(size)
+        check_sizes(in_channels=in_channels, classes=classes, stem_stride=stem_stride)
+        check_sizes(head_channels=head_channels, phantom_steps=phantom_steps)
+        self.size = height_and_width(size, "size")
         self.in_channels, self.classes, self.stem_stride = in_channels, classes, stem_stride
         self.dropout = _share(dropout, "dropout", zero=True)  # which a plan may count in
         plan = make_plan(_shapes(channels, self.size, stem_stride))
@@ -214,8 +212,7 @@ class MultiscaleDEQ(nn.Module, ABC):
                 that more steps would shrink.
             strict: raise :class:`ConvergenceError` instead of warning where a sample does not converge.
         """
-        if stop not in ("bound", "residual"):
-            raise OptionError(f"stop is {stop!r}; it is 'bound' or 'residual'")
+        check_stop(stop)
         tol = self.tol if tol is None else check_tol(tol)
         solver = self.solver if solver is None else _check_solver(solver)
         self.check(x)
@@ -298,8 +295,7 @@ class MultiscaleDEQ(nn.Module, ABC):
         """Raise :class:`InputError` unless ``x`` is a batch of the images that this network takes."""
         needed = (self.in_channels, *self.size)
         if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != needed:
-            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"the input is {given}; (batch, {', '.join(map(str, needed))}) is needed")
+            raise InputError(f"the input is {described(x)}; (batch, {', '.join(map(str, needed))}) is needed")
         if not x.is_floating_point() or self._like().dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"the input is {x.dtype}, the model {self._like().dtype}; floats of 32 or 64 bits are needed"
@@ -320,14 +316,6 @@ class MultiscaleDEQ(nn.Module, ABC):
             "tol": self.tol,
         }
         return ", ".join(f"{name}={value}" for name, value in options.items())
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    good = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not good or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
-        raise OptionError(f"size is {size!r}; it is a side or (height, width), positive integers")
-    return pair[0], pair[1]
 
 
 def _shapes(channels: tuple[int, ...], size: tuple[int, int], stride: int) -> tuple[Shape, ...]:

@@ -13,8 +13,9 @@ from ..norms import WeightedMax
 from ..parametrizations import Contractive, Weighted
 from ..parametrizations.nemon import best_weights
 from ..solvers import Solver
-from .arguments import check_affine, check_square, check_tensors, refuse
+from .arguments import check_affine, check_sizes, check_square, check_tensors, refuse
 from .equilibrium import EquilibriumLayer, solver_in_rows
+from .solving import Options
 
 __all__ = ["NEMON"]
 
@@ -63,10 +64,11 @@ class NEMON(EquilibriumLayer):
         training_tol: float | None = None,
         strict: bool = False,
     ) -> None:
-        self._check_sizes(in_features=in_features, features=features)
+        check_sizes(in_features=in_features, features=features)
         weights, activation = Contractive(features, gamma, learn_gamma, learn_weights), as_activation(activation)
         solver = solver_in_rows(activation) if solver is None else solver
-        super().__init__(in_features, weights, features, activation, solver, tol, backward_tol, training_tol, strict)
+        options = Options(activation, solver, tol, backward_tol, training_tol, strict)
+        super().__init__(in_features, weights, features, options)
 
     @classmethod
     def from_factors(cls, T: Tensor, d: Tensor, gamma: float, U: Tensor, b: Tensor, **options: Any) -> NEMON:

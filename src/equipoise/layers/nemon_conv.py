@@ -14,8 +14,10 @@ from ..operators.conv import ConvOperator
 from ..operators.kernels import StructuredKernel
 from ..parametrizations import ContractiveKernel
 from ..solvers import ForwardBackward, Picard, Solver, Tuning
+from .arguments import check_sizes
 from .cache import keeping
-from .convolutional import ConvolutionalLayer, check_sizes
+from .convolutional import ConvolutionalLayer
+from .solving import Options
 
 __all__ = ["NEMONConv2d"]
 
@@ -69,7 +71,7 @@ class NEMONConv2d(ConvolutionalLayer):
         sigma = as_activation(activation)
         if solver is None:
             solver = ForwardBackward() if type(sigma).prox is not Activation.prox else Picard()
-        super().__init__(recurrent, injection, sigma, solver, tol, backward_tol, training_tol, strict)
+        super().__init__(recurrent, injection, Options(sigma, solver, tol, backward_tol, training_tol, strict))
 
     @property
     def channels(self) -> int:

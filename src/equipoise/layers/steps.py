@@ -173,15 +173,11 @@ class Standardize(Step):
         return verified.gamma(2 * terms + 64) * (4 * self.gain(x) * _length(x) + 4 * _length(y) + 4 * offset)
 
 
-@final
 @dataclass(frozen=True, eq=False)
-class Slope(Step):
-    """x ↦ s max(x, 0)."""
+class Sloped(Step):
+    """A 1-Lipschitz map that only picks entries, or 0, times s."""
 
     slope: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.relu(x) if self.slope == 1.0 else torch.relu(x) * self.slope
 
     def lipschitz(self) -> float:
         return self.slope
@@ -192,22 +188,23 @@ class Slope(Step):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Sort(Step):
+class Slope(Sloped):
+    """x ↦ s max(x, 0)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.relu(x) if self.slope == 1.0 else torch.relu(x) * self.slope
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sort(Sloped):
     """GroupSort of pairs, times s: channels c and c + 1 are put in order. Between any two images a permutation at each
     point moves nothing apart: sorting is 1-Lipschitz."""
-
-    slope: float
 
     def __call__(self, x: Tensor) -> Tensor:
         pairs = x.unflatten(1, (-1, 2))
         low, high = torch.minimum(pairs[:, :, 0], pairs[:, :, 1]), torch.maximum(pairs[:, :, 0], pairs[:, :, 1])
         return torch.stack((low, high), 2).flatten(1, 2).mul(self.slope)
-
-    def lipschitz(self) -> float:
-        return self.slope
-
-    def slip(self, x: Tensor, y: Tensor) -> Tensor | float:
-        return verified.gamma(2) * _length(y) + verified.TINY * _entries(y)
 
 
 @final

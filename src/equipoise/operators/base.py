@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ __all__ = [
     "product_rounding",
     "singular",
 ]
+
+T = TypeVar("T")
 
 
 class FixedPointMap(ABC):
@@ -88,6 +90,21 @@ class MonotoneOperator(ABC):
     representation_error: float = 0.0
     stores_cayley: bool = False
     """Whether C_α itself is what is stored, at ``best_alpha()``."""
+    _derived: dict[Any, Any]
+    """What :meth:`once` keeps; owned by whoever owns the weights."""
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives, computed once for these weights."""
+        if key not in self._derived:
+            # kept constants must serve training as well, and be of the stored weights, not of a cast
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(self.tensors()[0].device.type, enabled=False),
+            ):
+                self._derived[key] = compute()
+        value: T = self._derived[key]
+        return value
 
     @abstractmethod
     def apply(self, z: Tensor) -> Tensor:

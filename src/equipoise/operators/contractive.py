@@ -48,17 +48,6 @@ class RowWeight(QuantizedWeight):
         self.features = len(eta)
         self.register_buffer("eta", eta.detach().to(torch.float32).clone())
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RowWeight:
-        """Moves between devices, while η and scalars stay the numbers that were stored."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, stored in kept.items():
-            moved = self._buffers[name]
-            assert stored is not None
-            assert moved is not None
-            self._buffers[name] = stored.to(moved.device)
-        return self
-
     def family(self) -> WeightedMax:
         """The norm of the stored weights."""
         return WeightedMax(self.eta)

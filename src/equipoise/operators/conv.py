@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from .dense import TransposedOperator
 from .grids import circular
 
 __all__ = ["ConvOperator", "Doubt"]
-
-T = TypeVar("T")
 
 
 class Doubt(NamedTuple):
@@ -67,14 +64,6 @@ class ConvOperator(MonotoneOperator):
         self._derived = {} if derived is None else derived
         self._doubt = doubt
         self.representation_error = 0.0 if doubt is None else doubt.spectral
-
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """What ``compute`` gives, computed once for these weights."""
-        if key not in self._derived:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-                self._derived[key] = compute()
-        value: T = self._derived[key]
-        return value
 
     def apply(self, z: Tensor) -> Tensor:
         return self._convolve(z, self.weight)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from ..norms import EUCLIDEAN, Euclidean, Norm, WeightedMax, best_family
 from .base import MatrixProduct, MonotoneOperator, Product, golden_section, power_norm, singular
 
 __all__ = ["DenseOperator", "TransposedOperator", "averaging_step", "in_proving_norm"]
-
-T = TypeVar("T")
 
 MATRICES = 4
 """Cayley transforms kept at a time: one a step in use, and a few for those who try steps."""
@@ -60,15 +57,6 @@ class DenseOperator(MonotoneOperator):
         self.family = family
         self._row_floor = row_floor
         self._derived = {} if derived is None else derived
-
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """What ``compute`` gives, computed once for these weights."""
-        if key not in self._derived:
-            # kept constants must serve training as well, and be of the stored weights, not of a cast
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-                self._derived[key] = compute()
-        value: T = self._derived[key]
-        return value
 
     def shared_proofs(self) -> dict[Any, Any]:
         """The proved constants, for another operator of the same matrix in another dtype."""

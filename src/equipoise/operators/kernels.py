@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import verified
 from ..errors import InputError, OptionError
 from ..norms import WeightedMax
 from ..parametrizations import ContractiveKernel
-from ..quantization.codes import QuantizedTensor
+from ..quantization.codes import QuantizedTensor, Stored
 from ..quantization.schemes import Scheme, Structured
 from .contractive import UnfitSchemeError, stored_weights
 from .conv import ConvOperator, Doubt
@@ -19,7 +17,7 @@ from .conv import ConvOperator, Doubt
 __all__ = ["StructuredKernel"]
 
 
-class StructuredKernel(nn.Module):
+class StructuredKernel(Stored):
     """K̃ = D⁻¹ T̃ D with the centre of channel i raised by γ − Σ |T̃_i|, T̃ = Q(T), D = 1/η: μ_i <= γ.
 
     The measure stays at most γ at every bit-width, by algebra on the stored numbers, and the kernel that is multiplied
@@ -54,14 +52,6 @@ class StructuredKernel(nn.Module):
                 raise OptionError(f"{name}={getattr(scheme, name)}: a convolutional layer has no {parts}; leave it out")
         T, eta, gamma = weights.factors()
         return cls(QuantizedTensor.fit(T, scheme.bits, scheme.granularity, scheme.scale), stored_weights(eta), gamma)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> StructuredKernel:
-        """Moves between devices, while η and γ stay the numbers that were stored."""
-        self.T._apply(fn)
-        for name, stored in self._buffers.items():
-            assert stored is not None
-            self._buffers[name] = stored.to(fn(stored).device)
-        return self
 
     def family(self) -> WeightedMax:
         """The norm of the stored weights."""

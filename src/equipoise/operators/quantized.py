@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,21 @@ from torch import Tensor, nn
 from .. import verified
 from ..errors import InputError, NotWellPosedError, OptionError
 from ..parametrizations import Dense, Monotone
-from ..quantization.codes import QuantizedSkew, QuantizedTensor
+from ..quantization.codes import QuantizedSkew, QuantizedTensor, Stored
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
 from .dense import DenseOperator, in_proving_norm
 
 __all__ = [
     "WEIGHTS",
     "QuantizedWeight",
+    "compensated",
     "quantize_weight",
 ]
 
+M = TypeVar("M", bound=nn.Module)
 
-class QuantizedWeight(nn.Module, ABC):
+
+class QuantizedWeight(Stored, ABC):
     """W̃ ``(n, n)`` given by codes and scales only.
 
     Forward: ``() -> W̃`` in float64. State: the codes, scales and scalars of the scheme.
@@ -103,9 +107,6 @@ class StructuredWeight(QuantizedWeight):
         self.features = K.shape[0]
         self.register_buffer("margin", torch.tensor(margin, dtype=torch.float64))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StructuredWeight:
-        return _keep_double(self, "margin", fn, recurse, super()._apply)
-
     @classmethod
     def quantize(cls, weights: Monotone | Dense, scheme: Structured) -> StructuredWeight:
         A, K, margin = weights.factors()
@@ -151,20 +152,10 @@ class CompensatedWeight(QuantizedWeight):
     @classmethod
     def lowered(cls, codes: QuantizedTensor, diagonal: Tensor, scheme: Compensated, like: Tensor) -> CompensatedWeight:
         """Off-diagonal ``codes`` with the ``diagonal (n,)`` lowered as far as the target asks, in the dtype of
-        ``like`` as well; raises :class:`NotWellPosedError` where the diagonal's grid is too coarse for it."""
+        ``like`` as well: the margin of the codes, and of what the layer multiplies by. See :func:`compensated`."""
         lowering = cls.lowering(_with_diagonal(codes.dequantize().cpu(), diagonal), scheme.margin, like.dtype)
-        for _ in range(64):
-            stored = round_down(diagonal - lowering, scheme.diagonal_bits)
-            module = cls(codes, stored)
-            found = module.operator(like).margin()  # of the codes, and of what the layer multiplies by
-            if found >= scheme.margin:
-                return module
-            # at least a good part of the diagonal's own grid, or nothing would change
-            lowering += max((scheme.margin - found) * (1 + 1e-9), 0.25 * float(stored.scale))
-        raise NotWellPosedError(
-            f"no diagonal of {scheme.diagonal_bits} bits reaches the margin {scheme.margin:g} (found {found:g}); "
-            "lower the target, or use the Structured scheme",
-            found,
+        return compensated(
+            lambda stored: cls(codes, stored), diagonal, lowering, scheme, lambda made: made.operator(like).margin()
         )
 
     @staticmethod
@@ -197,9 +188,6 @@ class CayleyWeight(QuantizedWeight):
         self.C = C
         self.features = C.shape[0]
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CayleyWeight:
-        return _keep_double(self, "alpha", fn, recurse, super()._apply)
 
     @classmethod
     def quantize(cls, weights: Monotone | Dense, scheme: Cayley) -> CayleyWeight:
@@ -310,9 +298,25 @@ def round_down(values: Tensor, bits: int) -> QuantizedTensor:
     return QuantizedTensor.from_codes(codes.to(fitted.codes.dtype), scale, bits)
 
 
-def _keep_double(module: Any, name: str, fn: Any, recurse: bool, apply: Any) -> Any:
-    """Let a module move between devices while one of its scalars stays the float64 it was stored as."""
-    stored = getattr(module, name)
-    apply(fn, recurse)
-    module._buffers[name] = stored.to(getattr(module, name).device)
-    return module
+def compensated(
+    make: Callable[[QuantizedTensor], M],
+    diagonal: Tensor,
+    lowering: float,
+    scheme: Compensated,
+    margin: Callable[[M], float],
+) -> M:
+    """What ``make`` makes of the ``diagonal (n,)``, lowered by ``lowering`` and as much more as its ``margin`` needs to
+    reach the target; raises :class:`NotWellPosedError` where the diagonal's grid is too coarse for it."""
+    for _ in range(64):
+        stored = round_down(diagonal - lowering, scheme.diagonal_bits)
+        module = make(stored)
+        found = margin(module)
+        if found >= scheme.margin:
+            return module
+        # at least a good part of the diagonal's own grid, or nothing would change
+        lowering += max((scheme.margin - found) * (1 + 1e-9), 0.25 * float(stored.scale))
+    raise NotWellPosedError(
+        f"no diagonal of {scheme.diagonal_bits} bits reaches the margin {scheme.margin:g} (found {found:g}); "
+        "lower the target, or use the Structured scheme",
+        found,
+    )

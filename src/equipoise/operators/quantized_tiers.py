@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import InputError, NotWellPosedError, OptionError
+from ..errors import InputError, OptionError
 from ..parametrizations.convolution import Kernels, MonotoneKernels, assembled
-from ..quantization.codes import QuantizedTensor
+from ..quantization.codes import QuantizedTensor, Stored
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
 from .contractive import UnfitSchemeError
 from .grids import Geometry
-from .quantized import round_down
+from .quantized import compensated
 from .symbol_bounds import size
 from .tiers import TierOperator
 
@@ -72,7 +72,7 @@ def _partners(channels: int, size: int) -> tuple[Tensor, Tensor]:
     return index[first], partner[first]
 
 
-class QuantizedTiers(nn.Module, ABC):
+class QuantizedTiers(Stored, ABC):
     """The kernels of W̃ given by codes and scales only; scalars keep the dtype they were stored in."""
 
     @property
@@ -83,15 +83,6 @@ class QuantizedTiers(nn.Module, ABC):
     @abstractmethod
     def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
         """W̃ in the dtype and on the device of ``like``, its distance to what the codes define bounded."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves between devices, while what is stored stays as it was stored."""
-        for child in self.children():
-            child._apply(fn)
-        for name, stored in self._buffers.items():
-            assert stored is not None
-            self._buffers[name] = stored.to(fn(stored).device)
-        return self
 
 
 class StructuredTiers(QuantizedTiers):
@@ -202,18 +193,8 @@ class CompensatedTiers(QuantizedTiers):
         flat = kernel.reshape(channels, -1)
         diagonal = flat.gather(1, center)[:, 0]
         off = QuantizedTensor.fit(_without(flat, center), scheme.bits, scheme.granularity, scheme.scale)
-        lowering = 0.0
-        for _ in range(64):
-            stored = round_down(diagonal - lowering, scheme.diagonal_bits)
-            module = cls(off, stored)
-            found = module.operator(geometry, like).margin()
-            if found >= scheme.margin:
-                return module
-            lowering += max((scheme.margin - found) * (1 + 1e-9), 0.25 * float(stored.scale))
-        raise NotWellPosedError(
-            f"no diagonal of {scheme.diagonal_bits} bits reaches the margin {scheme.margin:g} (found {found:g}); "
-            "lower the target, or use the Structured scheme",
-            found,
+        return compensated(
+            lambda stored: cls(off, stored), diagonal, 0.0, scheme, lambda made: made.operator(geometry, like).margin()
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from .grids import Geometry, TierProduct, blocked, circular
 from .torus import Symbols, conjugate, mix, parts_of, times, torus
 
 __all__ = ["TierOperator"]
-
-T = TypeVar("T")
 
 SMALL = 512
 """Features up to which norms are computed from dense matrices."""
@@ -59,14 +57,6 @@ class TierOperator(MonotoneOperator):
         self._derived = {} if derived is None else derived
         self._floor = floor
         self.representation_error = 0.0 if floor is None else floor[1]
-
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """What ``compute`` gives, computed once for these weights."""
-        if key not in self._derived:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._like.device.type, enabled=False):
-                self._derived[key] = compute()
-        value: T = self._derived[key]
-        return value
 
     @property
     def _like(self) -> Tensor:

@@ -25,7 +25,7 @@ from .rounding import (
     round_to_codes,
 )
 
-__all__ = ["QuantizedSkew", "QuantizedTensor", "code_dtype", "pack", "unpack"]
+__all__ = ["QuantizedSkew", "QuantizedTensor", "Stored", "code_dtype", "pack", "unpack"]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -84,7 +84,25 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     return narrow.view(tuple(shape))
 
 
-class QuantizedTensor(nn.Module):
+class Stored(nn.Module):
+    """A module whose own buffers stay the numbers that were stored: it moves between devices, and no cast reaches them.
+
+    Casting a scale would change the matrix behind the codes, and with it what was proved.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            device = fn(buffer).device
+            if device != buffer.device:
+                empty = buffer.is_meta  # to_empty(): there is nothing to copy
+                self._buffers[name] = torch.empty_like(buffer, device=device) if empty else buffer.to(device)
+        return self
+
+
+class QuantizedTensor(Stored):
     """A tensor ``scale * codes``.
 
     Buffers (and state keys): ``codes``, any shape, int8 up to 8 bits, int16 up to 16, int32; ``scale``,
@@ -146,16 +164,6 @@ class QuantizedTensor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, bits={self.bits}, scales={self.scale.numel()}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Casting a scale would change the matrix behind the codes, and with it what was proved.
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            device = fn(buffer).device
-            if device != buffer.device:
-                empty = buffer.is_meta  # to_empty(): there is nothing to copy
-                self._buffers[name] = torch.empty_like(buffer, device=device) if empty else buffer.to(device)
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         codes, scale = state_dict.get(prefix + "codes"), state_dict.get(prefix + "scale")
