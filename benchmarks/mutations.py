@@ -86,8 +86,8 @@ TESTS = {
 POOL, SEED = 240, 77
 """Networks of the soundness trials that a mutant's are chosen from."""
 
-NEAREST = 2
-"""So many networks are kept a bound, those whose truths come nearest to it."""
+NEAR, KEPT = 0.992, 2
+"""Of each bound the quickest two networks are kept in which a truth comes so near to it that 1 % would be seen."""
 
 LIMIT = 150
 """Seconds of the processor that a mutant may take, and six times as many by the clock; one that hangs is noticed."""
@@ -163,13 +163,13 @@ def run_trials(copy: Path) -> str:
 
     lines = []
     for index in range(POOL):
-        begin = time.monotonic()
+        begin = time.process_time()
         with watched(copy) as seen:
             _, ledger = trial(SEED, index)
         if ledger.violations:
             raise SystemExit(f"trial {index}: {ledger.violations[0]} without a mutant")
         ratios = {name: float(tally.ratio) for name, tally in ledger.tallies.items()}
-        lines.append({"name": index, "seconds": time.monotonic() - begin, "ratios": ratios, "calls": sorted(seen)})
+        lines.append({"name": index, "seconds": time.process_time() - begin, "ratios": ratios, "calls": sorted(seen)})
     return "\n".join(map(json.dumps, lines))
 
 
@@ -184,9 +184,9 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Any:
         self.seen.clear()
-        begin = time.monotonic()
+        begin = time.process_time()
         result = yield
-        seconds = time.monotonic() - begin
+        seconds = time.process_time() - begin
         shared = [self.fixtures.get(one, set()) for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
         calls = sorted(self.seen.union(*shared))
         self.lines.append({"name": item.nodeid, "seconds": seconds, "calls": calls})
@@ -226,13 +226,14 @@ class Chooser:
     def __init__(self, copy: Path, files: list[str], patience: float) -> None:
         self.patience = patience
         trials = self._lines(*child(lambda: run_trials(copy), 40 * LIMIT))
+        trials.sort(key=lambda trial: float(trial["seconds"]))
         near = set[int]()
         for bound in {name for trial in trials for name in trial["ratios"]}:
-            ordered = sorted(trials, key=lambda trial: (-trial["ratios"].get(bound, -1.0), trial["seconds"]))
-            near |= {trial["name"] for trial in ordered[:NEAREST]}
+            near |= set([trial["name"] for trial in trials if trial["ratios"].get(bound, 0) > NEAR][:KEPT])
         self.trials = [trial for trial in trials if trial["name"] in near]
         names = sorted({name for file in files for name in TESTS[file]})
         self.tests = self._lines(*child(lambda: run_tests(copy, names), 40 * LIMIT)) if patience > 0 else []
+        self.tests.sort(key=lambda test: float(test["seconds"]))
 
     @staticmethod
     def _lines(text: str, ended: str | None) -> list[dict[str, Any]]:
@@ -244,7 +245,7 @@ class Chooser:
             raise SystemExit(f"without a mutant: {ended or text}")
         for line in found:
             line["calls"] = {tuple(call) for call in line["calls"]}
-        return sorted(found, key=lambda line: float(line["seconds"]))
+        return found
 
     def trials_of(self, site: Site) -> list[int]:
         """Numbers of the trials to run, the quickest first."""
