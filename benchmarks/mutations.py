@@ -6,239 +6,301 @@ Two kinds of mutants, made by rewriting the syntax tree of one module of a copy 
 floats and float tensors, times the factor that makes the bound unsound (0.99, or 1.01 in a function whose name says
 that it bounds from below); and a constant of an arithmetic expression times 0.99 and, if that is not noticed, 1.01.
 Constants that count roundings (in ``gamma(…)``, beside 1 + 1e-12, below 1e-6) are left alone: 1 % of them is nothing.
-Every mutant runs, in a process of its own, some soundness trials and then the module's tests; the first to fail kills
-it. The journal is kept: the same command goes on. Exit status 1 where a mutant survived.
+
+Before the first mutant all trials and tests are run once, to see which functions each of them calls, how long it takes
+and, of trials, how near its truths come to its bounds. A mutant runs, in a process of its own, those soundness trials
+that come nearest to some bound and then its module's tests, always only what calls its function and the quickest
+first; the first to fail kills it. The journal is kept: the same command goes on, also where other functions changed;
+``--again`` tries survivors once more. Exit status 1 where a mutant survived.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import CodeType
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+import mpmath  # noqa: F401  what every mutant's process needs is imported once
+import pytest
+import torch
+from mutants import ROOT, Site, factors, mutant, sites
+
+BOXES = ["test_boxes.py", "test_robust.py"]
+CERTIFICATES = ["test_certificates.py", "test_certificates_chain.py", "test_certificates_verdicts.py"]
+EXPORT = ["test_export.py", "test_export_edges.py"]
+MULTISCALE = ["test_lipschitz_mdeq.py", "test_lipschitz_mdeq_codes.py", "test_lipschitz_mdeq_edges.py"]
+NEMON = ["test_families.py", "test_nemon.py", "test_nemon_quantized.py"]
+NEMON_CONV = ["test_nemon_conv.py", "test_nemon_conv_networks.py"]
+TIERS = ["test_mon_conv.py", "test_mon_conv_codes.py", "test_mon_conv_edges.py", "test_spectra.py"]
+VERIFIED = ["test_verified.py", "test_verified_cayley.py", "test_verified_input.py"]
 
 TESTS = {
-    "certificates/boxes.py": ["test_boxes.py"],
-    "certificates/certify.py": ["test_certificates.py", "test_certificates_chain.py", "test_certificates_verdicts.py"],
-    "certificates/convergence.py": ["test_certificates.py", "test_families.py", "test_nemon.py"],
-    "certificates/convolutional.py": ["test_nemon_conv.py", "test_nemon_conv_networks.py"],
-    "certificates/displacement.py": ["test_certificates.py", "test_certificates_chain.py"],
-    "certificates/sides.py": ["test_certificates.py", "test_certificates_chain.py", "test_mon_conv_codes.py"],
-    "certificates/multiscale.py": ["test_lipschitz_mdeq_codes.py"],
+    "norms.py": ["test_norms.py", *NEMON],
+    "solvers/posterior.py": ["test_solvers.py", "test_nemon.py"],
+    "certificates/boxes.py": BOXES,
+    "certificates/certify.py": CERTIFICATES,
+    "certificates/convergence.py": [*CERTIFICATES, *NEMON, *NEMON_CONV, *TIERS, "test_rounded.py"],
+    "certificates/displacement.py": CERTIFICATES,
     "certificates/iterates.py": ["test_rounded.py"],
     "certificates/printed.py": ["test_certificates_verdicts.py", "test_report.py"],
-    "certificates/robustness.py": ["test_robust.py", "test_boxes.py"],
-    "certificates/rows.py": ["test_boxes.py", "test_nemon.py"],
-    "certificates/types.py": ["test_certificates.py", "test_certificates_chain.py"],
-    "certificates/wellposed.py": ["test_certificates.py", "test_families.py"],
-    "export/proof.py": ["test_export.py", "test_export_edges.py"],
-    "norms.py": ["test_norms.py"],
-    "solvers/posterior.py": ["test_solvers.py", "test_nemon.py"],
+    "certificates/robustness.py": BOXES,
+    "certificates/rows.py": [*BOXES, *NEMON],
+    "certificates/types.py": CERTIFICATES,
+    "certificates/wellposed.py": [*CERTIFICATES, *NEMON],
+    "certificates/convolutional.py": [*NEMON_CONV, *TIERS],
+    "certificates/sides.py": [*CERTIFICATES, *TIERS],
+    "certificates/multiscale.py": MULTISCALE,
+    "operators/conv_norm.py": ["test_conv_norm.py", *MULTISCALE],
+    "operators/symbol_bounds.py": [*TIERS, "test_conv_norm.py"],
+    "operators/quantized_tiers.py": TIERS,
+    "operators/tiers.py": TIERS,
+    "layers/multiscale_proofs.py": MULTISCALE,
+    "export/proof.py": EXPORT,
+    "runtime.py": EXPORT,
+    "operators/spectra.py": [*TIERS, "test_conv_norm.py"],
+    "operators/conv.py": NEMON_CONV,
+    "layers/lipschitz_mdeq.py": MULTISCALE,
+    "layers/steps.py": MULTISCALE,
+    "export/boxes.py": EXPORT,
+    "export/plan.py": EXPORT,
+    "export/affine.py": EXPORT,
+    "export/cayley.py": EXPORT,
+    "export/factored.py": EXPORT,
+    "export/fixedpoint.py": EXPORT,
+    "verified.py": VERIFIED,
 }
 """The modules that are mutated, and the tests that are theirs."""
 
-LOWER = {"margin", "row_margins", "certified_radius", "_radius", "_lifts", "_image", "min_eigenvalue", "at_least"}
-"""Functions that bound from below."""
 
-NO_BOUNDS = {
-    "perron", "_eigenvectors", "_resolvent", "best_family", "_exact", "metzler", "fresh_operator", "fresh_kernel",
-    "spectrum", "observe", "_settles", "start", "evaluated", "find", "select", "_scores", "_columns", "_shape",
-    "to_dict", "summary", "dual", "columns", "of", "_on",
-}  # fmt: skip
-"""Functions whose results are no bounds: estimates that are proved elsewhere, plain values, plumbing."""
+POOL, SEED = 240, 77
+"""Networks of the soundness trials that a mutant's are chosen from."""
 
-TRIALS = 24
-"""Networks of the soundness trials that a mutant must pass, besides the tests."""
+NEAR, KEPT = 0.992, 2
+"""Of each bound the quickest two networks are kept in which a truth comes so near to it that 1 % would be seen."""
 
 LIMIT = 150
-"""Seconds that a mutant may take; one that hangs is noticed as well."""
+"""Seconds of the processor that a mutant may take, and six times as many by the clock; one that hangs is noticed."""
+
+Functions = set[tuple[str, str]]
+"""Functions of the copy, (module, name)."""
 
 
-class Site(NamedTuple):
-    """Where a module is mutated: the ``number``-th return or constant, on ``line`` of ``function``."""
-
-    file: str
-    kind: str
-    number: int
-    line: int
-    function: str
-    source: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.file}:{self.line}:{self.kind}:{self.number}"
-
-
-class Walker(ast.NodeTransformer):
-    """Lists the sites of a module, or rewrites the one that it is given."""
-
-    def __init__(self, kind: str | None = None, number: int = -1, factor: float = 1.0) -> None:
-        self.target, self.factor = (kind, number), factor
-        self.counts = {"return": 0, "constant": 0}
-        self.found: list[tuple[str, int, int, str, ast.AST]] = []
-        self.function = ""
-
-    def _site(self, kind: str, node: Any) -> bool:
-        number = self.counts[kind]
-        self.counts[kind] += 1
-        self.found.append((kind, number, node.lineno, self.function, node))
-        return (kind, number) == self.target
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        outer, self.function = self.function, node.name
-        self.generic_visit(node)
-        self.function = outer
-        return node
-
-    def visit_Return(self, node: ast.Return) -> Any:
-        self.generic_visit(node)
-        plain = node.value is None or isinstance(node.value, (ast.Constant, ast.Compare, ast.BoolOp, ast.JoinedStr))
-        if plain or self.function in NO_BOUNDS:
-            return node
-        if self._site("return", node):
-            call = ast.Call(ast.Name("_mutated", ast.Load()), [node.value, ast.Constant(self.factor)], [])
-            node.value = ast.copy_location(call, node)
-        return node
-
-    def visit_Call(self, node: ast.Call) -> Any:
-        if ast.unparse(node.func).rpartition(".")[2] in ("gamma", "product_rounding", "range", "field"):
-            return node
-        return self.generic_visit(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> Any:
-        return node
-
-    def visit_BinOp(self, node: ast.BinOp) -> Any:
-        numbers = [side for side in (node.left, node.right) if _number(side) is not None]
-        small = any(0 < abs(_number(side) or 0) < 1e-6 for side in numbers)
-        if len(numbers) == 2 or small or any(isinstance(side, ast.List) for side in (node.left, node.right)):
-            return node  # 1 + 1e-12, 2.0**-45
-        if self.function not in NO_BOUNDS and not isinstance(node.op, (ast.Mod, ast.FloorDiv)):
-            for name in ("left", "right"):
-                side = getattr(node, name)
-                if _number(side) not in (None, 0) and self._site("constant", side):
-                    setattr(node, name, ast.copy_location(ast.Constant(_number(side) * self.factor), side))
-        return self.generic_visit(node)
-
-
-def _number(node: ast.AST) -> float | None:
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return node.value
-    return None
-
-
-HELPER = """
-def _mutated(value, factor):
-    import torch
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, float):
-        return value * (factor if value > 0 else 2 - factor)
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value * torch.where(value > 0, factor, 2 - factor).to(value)
-    if type(value) is tuple:
-        return tuple(_mutated(item, factor) for item in value)
-    if isinstance(value, tuple):  # points stay where they are, bounds about them change
-        points = ("value", "quantized", "reference", "u", "z", "q")
-        return value._replace(**{n: _mutated(getattr(value, n), factor) for n in value._fields if n not in points})
-    return value
-"""
-
-
-def sites(file: str) -> list[Site]:
-    """Every site of a module, in order."""
-    text = (ROOT / "src" / "equipoise" / file).read_text()
-    walker = Walker()
-    walker.visit(ast.parse(text))
-    lines = text.splitlines()
-    return [
-        Site(file, kind, number, line, function, lines[line - 1].strip())
-        for kind, number, line, function, _ in walker.found
-    ]
-
-
-def mutant(site: Site, factor: float) -> str:
-    """The source of the module with one site changed."""
-    text = (ROOT / "src" / "equipoise" / site.file).read_text()
-    tree = Walker(site.kind, site.number, factor).visit(ast.parse(text))
-    return ast.unparse(ast.fix_missing_locations(tree)) + (HELPER if site.kind == "return" else "")
-
-
-def killer(copy: Path, site: Site, quick: bool, limit: int = LIMIT) -> str | None:
-    """What notices the mutant in ``copy``, or None; a process of its own, torch already in its memory."""
+def child(work: Callable[[], str], limit: int) -> tuple[str, str | None]:
+    """(what ``work`` gives, what ended its process if anything did), in a process of its own, torch in its memory."""
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
+    process = os.fork()
+    if process == 0:
         os.close(reading)
-        signal.alarm(limit)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        signal.alarm(6 * limit)
         sys.dont_write_bytecode = True
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         try:
-            found = _tried(copy, site, quick)
+            found = work()
         except BaseException as error:  # nothing of it may reach the parent's code in this process
             found = f"{type(error).__name__}: {error}"
-        os.write(writing, (found or "").encode()[:4000])
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(found)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         found = pipe.read()
-    status = os.waitpid(child, 0)[1]
+    status = os.waitpid(process, 0)[1]
     if os.WIFSIGNALED(status):
-        return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else f"signal {os.WTERMSIG(status)}"
-    return found or None
+        ended = os.WTERMSIG(status)
+        return found, "timeout" if ended in (signal.SIGALRM, signal.SIGXCPU) else f"signal {ended}"
+    return found, None
 
 
-def _tried(copy: Path, site: Site, quick: bool) -> str | None:
+def enter(copy: Path) -> None:
+    """Make ``copy`` the equipoise of this process and of those that it starts."""
     for path in (ROOT / "tests", ROOT / "benchmarks", copy):
         sys.path.insert(0, str(path))
+    os.environ["PYTHONPATH"] = str(copy)
+
+
+# What calls what
+
+
+@contextmanager
+def watched(copy: Path) -> Iterator[Functions]:
+    """The functions of ``copy`` that are called meanwhile."""
+    prefix, seen = f"{copy / 'equipoise'}{os.sep}", Functions()
+    known: dict[CodeType, tuple[str, str] | None] = {}
+
+    def look(frame: Any, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if code not in known:
+            inside = code.co_filename.startswith(prefix)
+            known[code] = (code.co_filename.removeprefix(prefix), code.co_name) if inside else None
+        if (found := known[code]) is not None:
+            seen.add(found)
+
+    sys.settrace(look)
+    try:
+        yield seen
+    finally:
+        sys.settrace(None)
+
+
+def run_trials(copy: Path) -> str:
+    """Lines of JSON: number, seconds, ratios of bounds and functions of each trial."""
+    enter(copy)
+    from trials.campaign import trial
+
+    lines = []
+    for index in range(POOL):
+        begin = time.process_time()
+        with watched(copy) as seen:
+            _, ledger = trial(SEED, index)
+        if ledger.violations:
+            raise SystemExit(f"trial {index}: {ledger.violations[0]} without a mutant")
+        ratios = {name: float(tally.ratio) for name, tally in ledger.tallies.items()}
+        lines.append({"name": index, "seconds": time.process_time() - begin, "ratios": ratios, "calls": sorted(seen)})
+    return "\n".join(map(json.dumps, lines))
+
+
+class Watch:
+    """A plugin of pytest: seconds and functions of every test, those of the fixtures that it shares among them."""
+
+    def __init__(self, seen: Functions) -> None:
+        self.seen, self.lines = seen, list[dict[str, Any]]()
+        self.failed = ""
+        self.fixtures: dict[Any, Functions] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Any:
+        self.seen.clear()
+        begin = time.process_time()
+        result = yield
+        seconds = time.process_time() - begin
+        shared = [self.fixtures.get(one, set()) for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
+        calls = sorted(self.seen.union(*shared))
+        self.lines.append({"name": item.nodeid, "seconds": seconds, "calls": calls})
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Any:
+        before = set(self.seen)
+        self.seen.clear()
+        result = yield
+        self.fixtures[fixturedef] = set(self.seen)
+        self.seen |= before
+        return result
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed = report.nodeid
+
+
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
+
+
+def run_tests(copy: Path, names: list[str]) -> str:
+    """Lines of JSON: name, seconds and functions of each test of these files."""
+    enter(copy)
+    with watched(copy) as seen:
+        watch = Watch(seen)
+        code = pytest.main([*OPTIONS, *(str(ROOT / "tests" / name) for name in names)], plugins=[watch])
+    if code != 0:
+        raise SystemExit(f"{watch.failed or f'pytest ({code})'} fails without a mutant")
+    return "\n".join(map(json.dumps, watch.lines))
+
+
+class Chooser:
+    """What a mutant has to pass."""
+
+    def __init__(self, copy: Path, files: list[str], patience: float) -> None:
+        self.patience = patience
+        trials = self._lines(*child(lambda: run_trials(copy), 40 * LIMIT))
+        trials.sort(key=lambda trial: float(trial["seconds"]))
+        near = set[int]()
+        for bound in {name for trial in trials for name in trial["ratios"]}:
+            near |= set([trial["name"] for trial in trials if trial["ratios"].get(bound, 0) > NEAR][:KEPT])
+        self.trials = [trial for trial in trials if trial["name"] in near]
+        names = sorted({name for file in files for name in TESTS[file]})
+        self.tests = self._lines(*child(lambda: run_tests(copy, names), 40 * LIMIT)) if patience > 0 else []
+        self.tests.sort(key=lambda test: float(test["seconds"]))
+
+    @staticmethod
+    def _lines(text: str, ended: str | None) -> list[dict[str, Any]]:
+        try:
+            found = [json.loads(line) for line in text.splitlines()]
+        except json.JSONDecodeError:
+            found = []
+        if ended or not found:
+            raise SystemExit(f"without a mutant: {ended or text}")
+        for line in found:
+            line["calls"] = {tuple(call) for call in line["calls"]}
+        return found
+
+    def trials_of(self, site: Site) -> list[int]:
+        """Numbers of the trials to run, the quickest first."""
+        return [
+            line["name"] for line in self.trials if not site.function or (site.file, site.function) in line["calls"]
+        ]
+
+    def tests_of(self, site: Site) -> list[str]:
+        """Names of the tests to run, the quickest first."""
+        own, left, found = tuple(f"tests/{name}::" for name in TESTS[site.file]), self.patience, []
+        for line in self.tests:
+            called = not site.function or (site.file, site.function) in line["calls"]
+            if called and line["name"].startswith(own) and left > 0:
+                found.append(line["name"])
+                left -= line["seconds"]
+        return found
+
+
+def killer(copy: Path, trials: list[int], tests: list[str]) -> str | None:
+    """What notices the mutant in ``copy``, or None."""
+    found, ended = child(lambda: tried(copy, trials, tests), LIMIT)
+    return ended or found or None
+
+
+def tried(copy: Path, trials: list[int], tests: list[str]) -> str:
+    """The first that fails, or nothing."""
+    enter(copy)
     try:
         from trials.campaign import trial
 
-        for index in range(TRIALS):
-            _, ledger = trial(77, index)
+        for index in trials:
+            _, ledger = trial(SEED, index)
             if ledger.violations:
                 return f"trial {index}: {ledger.violations[0]['bound']}"
     except Exception as error:
         return f"trials: {type(error).__name__}"
-    if quick:
-        return None
-    import pytest
-
-    class First:
-        failed = ""
-
-        def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.failed and not self.failed:
-                self.failed = report.nodeid
-
-        def pytest_collectreport(self, report: Any) -> None:
-            if report.failed and not self.failed:
-                self.failed = report.nodeid
-
-    first = First()
-    files = [str(ROOT / "tests" / name) for name in TESTS[site.file]]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
-    code = pytest.main([*options, *files], plugins=[first])
-    return first.failed or ("" if code == 0 else f"pytest {code}") or None
+    if not tests:
+        return ""
+    watch = Failed()
+    code = pytest.main([*OPTIONS, *(str(ROOT / name) for name in tests)], plugins=[watch])
+    return watch.failed or ("" if code == 0 else f"pytest {code}")
 
 
-def factors(site: Site) -> Iterator[float]:
-    if site.kind == "return":
-        yield 1.01 if site.function in LOWER else 0.99
-    else:
-        yield from (0.99, 1.01)
+class Failed:
+    """A plugin of pytest: the first test that failed."""
+
+    failed = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -246,47 +308,49 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("mutations.jsonl"), help="journal (default mutations.jsonl)")
     parser.add_argument("--file", action="append", choices=sorted(TESTS), help="only this module")
     parser.add_argument("--limit", type=int, help="stop after so many new mutants")
-    parser.add_argument("--quick", action="store_true", help="the soundness trials alone, not the tests")
+    parser.add_argument("--patience", type=float, default=60, metavar="SECONDS",
+                        help="of tests that a mutant runs, besides the trials (default 60, 0 for none)")  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="try survivors once more")
     parser.add_argument("--seconds", type=float, help="stop after so long")
     options = parser.parse_args(arguments)
-    import mpmath  # noqa: F401  what every mutant's process needs is imported once
-    import pytest  # noqa: F401
-    import torch
-
-    torch.set_num_threads(1)
-    known = {}
+    files: list[str] = options.file or list(TESTS)
+    wanted = {site.key: site for file in files for site in sites(file)}
+    known: dict[str, dict[str, Any]] = {}
     if options.out.exists():
         known = {line["key"]: line for line in map(json.loads, options.out.read_text().splitlines())}
-    begin, tried = time.monotonic(), 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "src"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "src" / "equipoise", copy / "equipoise", ignore=ignored)
-        for file in options.file or TESTS:
-            target = copy / "equipoise" / file
-            original = target.read_text()
-            if any(site.key not in known for site in sites(file)) and (
-                sick := killer(copy, sites(file)[0], options.quick, 4 * LIMIT)
-            ):
-                raise SystemExit(f"{file}: {sick} fails without a mutant")
-            for site in sites(file):
-                if site.key in known:
-                    continue
-                if tried == options.limit or time.monotonic() - begin > (options.seconds or float("inf")):
-                    break
-                tried += 1
-                found = None
-                for factor in factors(site):
-                    target.write_text(mutant(site, factor))
-                    found = killer(copy, site, options.quick)
-                    if found is not None:
-                        break
-                known[site.key] = {"key": site.key, "killer": found, **site._asdict()}
+    todo = [
+        site for key, site in wanted.items() if key not in known or (options.again and known[key]["killer"] is None)
+    ]
+    todo = todo[: options.limit]
+    if todo:
+        with tempfile.TemporaryDirectory() as folder:
+            for line in mutate(Path(folder).resolve() / "src", todo, options.patience, options.seconds):
+                known[line["key"]] = line
                 with options.out.open("a") as journal:
-                    journal.write(json.dumps(known[site.key]) + "\n")
-                print(f"{site.key:<44} {found or 'SURVIVED: ' + site.source}", file=sys.stderr, flush=True)
-            target.write_text(original)
-    return report(known)
+                    journal.write(json.dumps(line) + "\n")
+    return report({key: {**known[key], **site._asdict()} for key, site in wanted.items() if key in known})
+
+
+def mutate(copy: Path, todo: list[Site], patience: float, seconds: float | None) -> Iterator[dict[str, Any]]:
+    """A line of the journal for each site."""
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    shutil.copytree(ROOT / "src" / "equipoise", copy / "equipoise", ignore=shutil.ignore_patterns("__pycache__"))
+    chooser = Chooser(copy, sorted({site.file for site in todo}), patience)
+    for site in todo:
+        if seconds is not None and time.monotonic() - begin > seconds:
+            return
+        started, target, found = time.monotonic(), copy / "equipoise" / site.file, None
+        original = target.read_text()
+        for factor in factors(site):
+            target.write_text(mutant(site, factor))
+            found = killer(copy, chooser.trials_of(site), chooser.tests_of(site))
+            if found is not None:
+                break
+        target.write_text(original)
+        spent = round(time.monotonic() - started, 1)
+        print(f"{site.file}:{site.line:<6} {found or 'SURVIVED: ' + site.source}", file=sys.stderr, flush=True)
+        yield {"key": site.key, "killer": found, "seconds": spent}
 
 
 def report(known: dict[str, dict[str, Any]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,14 +22,24 @@ from equipoise.solvers import PeacemanRachford
 from . import constants, points
 from .convolution import convolution
 from .equilibria import State, run, through
+from .exports import exports
+from .files import round_trip
 from .ledger import Ledger
+from .multiscale import multiscale
 from .numbers import numbers
 from .subjects import Subject, make
+from .tiers import tiers
 from .wide import exact
 
 __all__ = ["trial"]
 
-SPECIAL = {"numbers": (0.15, numbers), "convolution": (0.04, convolution)}
+SPECIAL = {
+    "numbers": (0.15, numbers),
+    "convolution": (0.04, convolution),
+    "tiers": (0.06, tiers),
+    "multiscale": (0.03, multiscale),
+    "exports": (0.06, exports),
+}
 """What makes its own subjects: share of the indices, function ``(rng, ledger)``. LAYERS WHOSE TRUTHS ARE FOUND IN A
 WAY OF THEIR OWN REGISTER HERE."""
 
@@ -43,7 +53,8 @@ def trial(seed: int, index: int, faults: Mapping[str, float] | None = None) -> t
         draw = rng.random()
         for name, (share, function) in SPECIAL.items():
             if draw < share:
-                function(rng, ledger)
+                with torch.no_grad():
+                    _tried(ledger, function, rng, ledger)
                 return name, ledger
             draw -= share
         subject = make(rng)
@@ -51,11 +62,15 @@ def trial(seed: int, index: int, faults: Mapping[str, float] | None = None) -> t
             return "refused", ledger
         steps = _patience(subject.model, rng)
         with torch.no_grad(), _hurried(steps):
-            try:
-                _network(subject, steps, rng, ledger)
-            except Exception as error:  # of the library, nobody expects one; of the trials, neither
-                ledger.failed(error)
+            _tried(ledger, _network, subject, steps, rng, ledger)
     return subject.kind, ledger
+
+
+def _tried(ledger: Ledger, function: Callable[..., None], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except Exception as error:  # of the library, nobody expects one; of the trials, neither
+        ledger.failed(error)
 
 
 def _layers(model: nn.Module) -> list[tuple[int, Any]]:
@@ -104,6 +119,8 @@ def _network(subject: Subject, steps: int, rng: np.random.Generator, ledger: Led
         certificate = certify(model, reference, x if told else None)
     except EquipoiseError:  # overflow, weights that are not finite
         return
+    if rng.random() < 0.05:
+        round_trip(model, reference, x if told else None, certificate, ledger)
     layers = _layers(model)
     parts = certificate.layers or (certificate,)
     for (place, layer), part in zip(layers, parts, strict=True):

@@ -15,7 +15,9 @@ from .equilibria import Exact, activate, codes, prox, stored
 from .ledger import Ledger
 from .wide import LD, UNIT, Array, exact, inverse, largest, norms, rayleigh
 
-__all__ = ["changes", "constants", "rates"]
+__all__ = ["changes", "constants", "rates", "rates_of"]
+
+SPLITTINGS = eq.PeacemanRachford, eq.DouglasRachford
 
 STEPS = 150
 """Iterations are followed for at most so many steps."""
@@ -184,58 +186,53 @@ def changes(layer: Any, reference: Any, certificate: Any, ledger: Ledger) -> Non
 
 
 def rates(layer: Any, certificate: Any, rng: np.random.Generator, ledger: Ledger) -> None:
+    """:func:`rates_of` a layer on vectors."""
+    operator = fresh_operator(layer)
+    eta, alpha = weights(operator.family), certificate.alpha
+    if eta is not None and isinstance(layer.solver, SPLITTINGS) and alpha is not None:
+        eta = None if alpha > operator.averaging_step() else eta  # a longer step contracts in the 2-norm
+    kept = operator.stored_cayley
+    cayley = None if kept is None or kept[0] != alpha else codes(layer.recurrent.C)
+    rates_of(layer.solver, layer.activation, stored(layer.recurrent), eta, certificate, rng, ledger, cayley)
+
+
+def rates_of(
+    solver: Any, activation: Any, known: Exact, eta: Array | None, certificate: Any, rng: np.random.Generator,
+    ledger: Ledger, cayley: Array | None = None,
+) -> None:  # fmt: skip
     """‖T u − T v‖ <= ρ ‖u − v‖ at pairs that stretch most, k steps of it, and steps with errors (C2).
 
-    Tseng's map nears its fixed point and need not contract otherwise: there v is the equilibrium.
+    Tseng's map nears its fixed point and need not contract otherwise: there v is the equilibrium. ``cayley``: C_α where
+    it is what is stored.
     """
     if certificate.rate is None or certificate.alpha is None:
         return
-    solver, operator = layer.solver, fresh_operator(layer)
-    alpha, known = LD(certificate.alpha), stored(layer.recurrent)
-    eta = weights(operator.family)
-    splitting = isinstance(solver, (eq.PeacemanRachford, eq.DouglasRachford))
-    if eta is not None and splitting and certificate.alpha > operator.averaging_step():
-        eta = None  # a longer step contracts in the 2-norm
-    step = _map(solver, known, alpha, layer, operator)
+    alpha, n = LD(certificate.alpha), len(known.W)
+    step = _map(solver, activation, known, alpha, cayley)
     if step is None:
         return
     apply, linear, doubt = step
-    n = len(known.W)
     size = norms(linear.reshape(-1)) + 1
     directions = _directions(linear, eta, rng)
-    q = rng.standard_normal((4, n)).astype(LD)
-    q[0] = 64 * size * (1 + 1 / alpha)  # σ stays on one piece
-    q[1] = -q[0]
-    base = rng.standard_normal((4, n)).astype(LD)
-    base[0], base[2] = 16, 0
-    signs = np.where(rng.random((len(directions), n)) < 0.5, LD(-1), LD(1))
-    u, v, at = [], [], []
-    for row in range(4):
-        for sign in (np.ones_like(signs), signs):
-            reach = LD(2.0) ** rng.integers(-12, 3, (len(directions), 1))
-            start = base[row] * (sign if splitting else 1)
-            u.append(np.broadcast_to(start, directions.shape))
-            v.append(start + reach * directions * (sign if splitting else 1))
-            at.append(np.broadcast_to(q[row], directions.shape))
-    u, v, at = (np.concatenate(t) for t in (u, v, at))
 
     def settle(u: Array, v: Array, q: Array) -> tuple[Array, Array, Array]:
         """(u, v, q) with the same difference, v the equilibrium at q and its argument of σ what q was."""
-        z = activate(layer.activation, q)
+        if not isinstance(solver, eq.Tseng):
+            return u, v, q
+        z = activate(activation, q)
         return z + (u - v), z, q - z @ known.W.T
-
-    if isinstance(solver, eq.Tseng):
-        u, v, at = settle(u, v, at)
-    away = _length(u - v, eta)
-    good = away > 0
-    u, v, at, away = u[good], v[good], at[good], away[good]
-    name = f"{type(solver).__name__} {'l2' if eta is None else 'linf'}"
-    spread = LD(1) if eta is None else 1 / eta.min()
 
     def room(u: Array, v: Array, at: Array) -> Array:
         """What rounding one step can do to the distance of u and v."""
         return 32 * (n + 8) * UNIT * (norms(u) + norms(v) + norms(at)) * size * (1 + alpha) * spread
 
+    far = 64 * size * (1 + 1 / alpha)  # where σ stays on one piece
+    u, v, at = settle(*_pairs(directions, far, isinstance(solver, SPLITTINGS), rng))
+    away = _length(u - v, eta)
+    good = away > 0
+    u, v, at, away = u[good], v[good], at[good], away[good]
+    name = f"{type(solver).__name__} {'l2' if eta is None else 'linf'}"
+    spread = LD(1) if eta is None else 1 / eta.min()
     rounding = room(u, v, at)
     slack = rounding + doubt * spread * away * (1 if eta is None else norms(eta))
     ledger.most(f"rate {name}", certificate.rate, _length(apply(u, at) - apply(v, at), eta) / away, slack / away)
@@ -250,10 +247,28 @@ def rates(layer: Any, certificate: Any, rng: np.random.Generator, ledger: Ledger
         error = directions / _length(directions, eta)[:, None]
         at = np.full(error.shape, 1e6, dtype=LD) * np.sign(rng.standard_normal((1, n)))
         u = v = np.full_like(error, 1e6) if rng.random() < 0.5 else rng.standard_normal(error.shape).astype(LD)
-        if isinstance(solver, eq.Tseng):
-            u, v, at = settle(u, v, at)
-        drift, rounding = _drift(apply, room, (u, v, at), error, eta)
+        drift, rounding = _drift(apply, room, settle(u, v, at), error, eta)
         ledger.most(f"inexact {name}", certificate.inexact, drift, rounding)
+
+
+def _pairs(directions: Array, far: LD, splitting: bool, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """(u, v, q): points that differ by ``directions``, large and small, with q ``far`` off and near."""
+    n = directions.shape[1]
+    q = rng.standard_normal((4, n)).astype(LD)
+    q[0], q[1] = far, -far
+    base = rng.standard_normal((4, n)).astype(LD)
+    base[0], base[2] = 16, 0
+    signs = np.where(rng.random((len(directions), n)) < 0.5, LD(-1), LD(1))
+    found = []
+    for row in range(4):
+        for sign in (np.ones_like(signs), signs):
+            reach = LD(2.0) ** rng.integers(-12, 3, (len(directions), 1))
+            start = base[row] * (sign if splitting else 1)
+            u = np.broadcast_to(start, directions.shape)
+            v = start + reach * directions * (sign if splitting else 1)
+            found.append((u, v, np.broadcast_to(q[row], directions.shape)))
+    u, v, at = (np.concatenate(column) for column in zip(*found, strict=True))
+    return u, v, at
 
 
 def _drift(
@@ -287,10 +302,10 @@ def _directions(linear: Array, eta: Array | None, rng: np.random.Generator) -> A
     return rows / np.abs(rows).max(1, keepdims=True)
 
 
-def _map(solver: Any, known: Exact, alpha: LD, layer: Any, operator: Any) -> tuple[Any, Array, LD] | None:
+def _map(solver: Any, activation: Any, known: Exact, alpha: LD, cayley: Array | None) -> tuple[Any, Array, LD] | None:
     """(T(u, q), the linear part that it stretches by, how far its linear part may be off); None without a closed
     prox."""
-    W, activation, eye = known.W, layer.activation, np.eye(len(known.W), dtype=LD)
+    W, eye = known.W, np.eye(len(known.W), dtype=LD)
     closed = prox(activation, np.zeros(1, LD), alpha) is not None
 
     def sigma(v: Array) -> Array:
@@ -314,10 +329,7 @@ def _map(solver: Any, known: Exact, alpha: LD, layer: Any, operator: Any) -> tup
 
         F = alpha * (eye - W)
         return tseng, eye - F + F @ F, alpha * known.doubt * (2 + norms(F.reshape(-1)))
-    if operator.stored_cayley is not None and LD(operator.stored_cayley[0]) == alpha:
-        C, doubt = codes(layer.recurrent.C), LD(0)
-    else:
-        C, doubt = _cayley(known, alpha)
+    C, doubt = _cayley(known, alpha) if cayley is None else (cayley, LD(0))
     theta = LD(0.5) if isinstance(solver, eq.DouglasRachford) else LD(1)
     return (
         lambda u, q: (1 - theta) * u + theta * ((2 * sigma(u) - u) @ C.T + q),

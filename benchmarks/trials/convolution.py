@@ -16,20 +16,21 @@ from .equilibria import Exact, State, codes, equilibria
 from .ledger import Ledger
 from .wide import LD, UNIT, Array, exact, norms
 
-__all__ = ["convolution"]
+__all__ = ["convolution", "dense"]
 
 
-def dense(K: Array, size: tuple[int, int]) -> Array:
-    """The matrix ``(C·H·W, C·H·W)`` of a circular convolution, taps that fall together added up."""
-    channels, _, k, _ = K.shape
+def dense(K: Array, size: tuple[int, int], stride: int = 1, around: bool = True) -> Array:
+    """The matrix ``(o·H'·W', i·H·W)`` of a convolution of images of ``size``, circular (taps that fall together
+    added up) unless ``around`` is False: then with zeros beyond the edges."""
+    outputs, inputs, k, _ = K.shape
     height, width = size
-    W = np.zeros((channels, height, width, channels, height, width), dtype=LD)
-    for i in range(height):
-        for j in range(width):
-            for a in range(k):
-                for b in range(k):
-                    W[:, i, j, :, (i + a - k // 2) % height, (j + b - k // 2) % width] += K[:, :, a, b]
-    return W.reshape(channels * height * width, -1)
+    rows, columns = -(-height // stride), -(-width // stride)
+    W = np.zeros((outputs, rows, columns, inputs, height, width), dtype=LD)
+    for i, j, a, b in np.ndindex(rows, columns, k, k):
+        y, x = i * stride + a - k // 2, j * stride + b - k // 2
+        if around or (0 <= y < height and 0 <= x < width):
+            W[:, i, j, :, y % height, x % width] += K[:, :, a, b]
+    return W.reshape(outputs * rows * columns, -1)
 
 
 def _kernel(layer: Any) -> Array:
