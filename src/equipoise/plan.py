@@ -200,7 +200,8 @@ def _climb(
     classifies: bool,
 ) -> tuple[Rung, Evidence]:
     """The rung of one quantized model, and what is behind it."""
-    first, last = (_proved(judge, small) for judge in judges)
+    last = _proved(judges[1], small)
+    first = _proved(judges[0], small) if last.certified else last  # else there is nothing to prove per input
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the verdict tells
         accuracies = [_accuracy(small, split) if classifies else None for split in splits]

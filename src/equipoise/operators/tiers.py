@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..errors import InputError
 from ..parametrizations.convolution import Kernels, transpose
 from . import spectra
 from . import symbol_bounds as bounds
@@ -50,8 +49,6 @@ class TierOperator(MonotoneOperator):
         derived: dict[Any, Any] | None = None,
         floor: tuple[float, float] | None = None,
     ) -> None:
-        if not all(bool(torch.isfinite(t.detach()).all()) for t in kernels.flat()):
-            raise InputError("the kernels hold NaN or infinite entries; nothing can be proved")
         self.kernels, self.geometry = kernels, geometry
         self.features = sum(geometry.features(i) for i in range(geometry.tiers))
         self._derived = {} if derived is None else derived

@@ -195,11 +195,24 @@ def _sweep(unit: Tensor, top: int) -> Tensor:
     error |w|^2 - <w, c>^2/<c, c>; both products are running sums over the sorted breakpoints.
     """
     halves = torch.arange(top, dtype=torch.float64, device=unit.device) + 0.5
-    order = (unit.unsqueeze(2) / halves).flatten(1).argsort(1, descending=True)
+    order = _falling((unit.unsqueeze(2) / halves).flatten(1), unit, top)
     along = unit.gather(1, order // top).cumsum_(1)  # <w, c>: code k -> k + 1 adds w_i
     square = (2 * halves)[order % top].cumsum_(1)  # <c, c>: and (k + 1)^2 - k^2 = 2 (k + 1/2)
     best = (along.square() / square).argmax(1, keepdim=True)
     return along.gather(1, best) / square.gather(1, best)
+
+
+def _falling(breakpoints: Tensor, unit: Tensor, top: int) -> Tensor:
+    """Indices (G, M) of the breakpoints, the largest first; of one group alone only those that may matter.
+
+    With error E at scale 1/top the least error leaves the peak p within sqrt(E) of its code, at most top: no scale
+    below (p - sqrt(E))/top is best, and a code raised at a breakpoint far below a scale costs more than rounding.
+    """
+    if len(unit) > 1:
+        return breakpoints.argsort(1, descending=True)
+    error = float(((unit * top).round_().div_(top) - unit).square_().sum())
+    kept = (breakpoints[0] >= 0.9 * (float(unit.amax()) - error**0.5) / top).nonzero()[:, 0]
+    return kept[breakpoints[0, kept].argsort(descending=True)][None]
 
 
 def _alternate(unit: Tensor, starts: Tensor, top: int, rounds: int) -> Tensor:
