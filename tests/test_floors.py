@@ -81,6 +81,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "layers.blocks",
         "layers.room",
         "layers.multiscale_proofs",
+        "layers.ends",
         "layers.multiscale_deq",
         "layers.lipschitz_mdeq",
         "layers.chain",

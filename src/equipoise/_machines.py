@@ -1,4 +1,4 @@
-"""Several processes that train one network: how they are started, and what they must agree on.
+"""Several processes that train one network: how they are started, what they must agree on; and one thread alone.
 
 Lightning's DDP starts them by running the script again, once per device, with ``LOCAL_RANK`` in the environment; on
 several machines the same command is started on each. In one process everything here is trivial.
@@ -17,10 +17,21 @@ from torch import Tensor
 
 from .errors import OptionError
 
-__all__ = ["anyone", "check_machines", "together", "total", "world"]
+__all__ = ["anyone", "check_machines", "one_thread", "together", "total", "world"]
 
 NAMES = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "WORLD_SIZE")
 _done: list[int] = []
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices of a hundred rows gain nothing from a second thread, and wait long for it where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def world() -> tuple[int, int]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from ._machines import one_thread
 from .certificates import certify
 from .data import load_data
 from .errors import OutputError
@@ -59,7 +59,7 @@ def run_demo(
         KeyboardInterrupt: Ctrl-C, also where training itself would have ended quietly.
     """
     target = _checked(Path(out_dir), force)
-    with _one_thread():
+    with one_thread():
         return _run(target, requirements, progress)
 
 
@@ -76,17 +76,6 @@ def _run(target: Path, requirements: Requirements, progress: bool) -> DemoResult
         files = _write(ladder, model, scratch)
         _move(scratch, target, files)
     return DemoResult(ladder, training, {purpose: target / name for purpose, name in files.items()})
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and wait long for it where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write(ladder: Ladder, model: nn.Module, folder: Path) -> dict[str, str]:

@@ -87,24 +87,24 @@ def _mondeq_quant(state: State, margin: float | None) -> nn.Sequential:
 
 
 def _monotone_op_net(state: State, margin: float | None) -> nn.Sequential:
-    core = "mon.linear_module."
-    if any(value.ndim == 4 for key, value in state.items() if key.startswith(core)):
-        raise FileFormatError("it is a convolutional network, and only the fully connected one can be imported")
-    shapes = {"U.weight": "n d", "U.bias": "n", "A.weight": "r n", "B.weight": "n n"}
-    _check(state, {**{core + key: shape for key, shape in shapes.items()}, "Wout.weight": "k n", "Wout.bias": "k"})
-    U, b, A, B = (state[core + key] for key in shapes)
-    return _assemble(A, B, 1.0 if margin is None else margin, U, b, state["Wout.weight"], state["Wout.bias"])
+    (U, b, A, B), V, c = _fully_connected(state, {"A.weight": "r n", "B.weight": "n n"})
+    return _assemble(A, B, 1.0 if margin is None else margin, U, b, V, c)
 
 
 def _nemon(state: State, margin: float | None) -> nn.Sequential:
+    (U, b, A, d), V, c = _fully_connected(state, {"A.weight": "n n", "d": "n"})
+    layer = NEMON.from_factors(A, d, 1 - (0.9 if margin is None else margin), U, b)
+    return _headed(layer, V, c)
+
+
+def _fully_connected(state: State, shapes: Mapping[str, str]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """(U, b and the recurrent weights of these ``shapes``, the head's V, c), as two of the formats name them."""
     core = "mon.linear_module."
     if any(value.ndim == 4 for key, value in state.items() if key.startswith(core)):
         raise FileFormatError("it is a convolutional network, and only the fully connected one can be imported")
-    shapes = {"U.weight": "n d", "U.bias": "n", "A.weight": "n n", "d": "n"}
+    shapes = {"U.weight": "n d", "U.bias": "n", **shapes}
     _check(state, {**{core + key: shape for key, shape in shapes.items()}, "Wout.weight": "k n", "Wout.bias": "k"})
-    U, b, A, d = (state[core + key] for key in shapes)
-    layer = NEMON.from_factors(A, d, 1 - (0.9 if margin is None else margin), U, b)
-    return _headed(layer, state["Wout.weight"], state["Wout.bias"])
+    return tuple(state[core + key] for key in shapes), state["Wout.weight"], state["Wout.bias"]
 
 
 FORMATS: dict[str, Callable[[State, float | None], nn.Sequential]] = {

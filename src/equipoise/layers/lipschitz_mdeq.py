@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -15,16 +15,7 @@ from .blocks import Plan
 from .multiscale import gain_matrix
 from .multiscale_deq import Gradient, MultiscaleDEQ
 
-__all__ = ["MDEQ", "PRESETS", "LipschitzMDEQ", "Preset"]
-
-Preset = Literal["tiny", "small", "published"]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "published": {"channels": (32, 64, 128, 256), "head_channels": 512},
-    "small": {"channels": (24, 48, 96), "expansion": 3, "stem_stride": 2, "head_channels": 192, "dropout": 0.1},
-    "tiny": {"channels": (16, 32), "expansion": 2, "stem_stride": 2, "head_channels": 96, "dropout": 0.0},
-}
-"""What differs from the defaults, by name; ``published`` has the sizes of [SI26]."""
+__all__ = ["MDEQ", "LipschitzMDEQ"]
 
 
 @final
@@ -100,11 +91,6 @@ class LipschitzMDEQ(MultiscaleDEQ):
             solver=Picard() if solver is None else solver, tol=tol, backward_tol=backward_tol, gradient=gradient,
             phantom_steps=phantom_steps, phantom_damping=phantom_damping, strict=strict,
         )  # fmt: skip
-
-    @classmethod
-    def preset(cls, name: Preset, in_channels: int, size: int | tuple[int, int], classes: int, **options: Any) -> Self:
-        """A model of a known size, see :data:`PRESETS`, with ``options`` of the constructor on top."""
-        return cls(in_channels, size, classes, **{**_preset(name), **options})
 
     # What is proved
 
@@ -193,19 +179,8 @@ class MDEQ(MultiscaleDEQ):
             phantom_damping=phantom_damping, strict=strict,
         )  # fmt: skip
 
-    @classmethod
-    def preset(cls, name: Preset, in_channels: int, size: int | tuple[int, int], classes: int, **options: Any) -> Self:
-        """A model of a known size, see :data:`PRESETS`, with ``options`` of the constructor on top."""
-        return cls(in_channels, size, classes, **{**_preset(name), **options})
-
     def rate(self) -> float:
         return math.inf
 
     def proved_rate(self) -> float:
         return math.inf
-
-
-def _preset(name: str) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise OptionError(f"preset is {name!r}; it is one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,25 @@ from ..quantization.schemes import Scheme
 from ..solvers import Anderson, Broyden, MapProblem, Picard, Solution, Solver, Tuning, Verdict, iterate
 from ..solvers.loop import Stop
 from .arguments import check_sizes, check_solver, check_stop, check_tol, described, height_and_width, reached
-from .blocks import Multiscale, Plan, standardize
+from .blocks import Multiscale, Plan
+from .ends import head, head_program, stem, stem_program
 from .linear import QuantizedLinear
 from .multiscale import Cell, CellMap, Shape, split
 from .multiscale_proofs import Evaluator, Head, row_lengths
 from .room import check_room
-from .steps import VALUES, Average, Conv, Path, Pool, Slope
+from .steps import VALUES, Path
 
-__all__ = ["Gradient", "MultiscaleDEQ", "Tally"]
+__all__ = ["PRESETS", "Gradient", "MultiscaleDEQ", "Preset", "Tally"]
 
 Gradient = Literal["implicit", "one-step", "phantom"]
+Preset = Literal["tiny", "small", "published"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"channels": (32, 64, 128, 256), "head_channels": 512},
+    "small": {"channels": (24, 48, 96), "expansion": 3, "stem_stride": 2, "head_channels": 192, "dropout": 0.1},
+    "tiny": {"channels": (16, 32), "expansion": 2, "stem_stride": 2, "head_channels": 96, "dropout": 0.0},
+}
+"""What differs from the defaults, by name; ``published`` has the sizes of [SI26]."""
 
 
 @dataclass
@@ -91,8 +100,17 @@ class MultiscaleDEQ(nn.Module, ABC):
         self.strict = strict
         self.tally = Tally()
         self.map = Multiscale(plan)
-        self.stem = _stem(in_channels, channels[0], stem_stride, plan.groups)
-        self.head = _head(channels, plan.groups, head_channels, classes)
+        self.stem = stem(in_channels, channels[0], stem_stride, plan.groups)
+        self.head = head(channels, plan.groups, head_channels, classes)
+
+    @classmethod
+    def preset(cls, name: Preset, in_channels: int, size: int | tuple[int, int], classes: int, **options: Any) -> Self:
+        """A model of a known size, see :data:`PRESETS`, with ``options`` of the constructor on top."""
+        if name not in PRESETS:
+            raise OptionError(f"preset is {name!r}; it is one of {', '.join(PRESETS)}")
+        make: Any = cls  # each kind has its own options
+        model: Self = make(in_channels, size, classes, **{**PRESETS[name], **options})
+        return model
 
     @property
     def linear(self) -> nn.Linear | QuantizedLinear:
@@ -116,21 +134,11 @@ class MultiscaleDEQ(nn.Module, ABC):
 
     def inject(self) -> Path:
         """The stem's program: x ↦ injection."""
-        parts: Any = self.stem
-        first, norm, _, second, last = parts
-        return _conv(first), standardize(norm), Slope(1.0), _conv(second), standardize(last)
+        return stem_program(self.stem)
 
     def features(self) -> Head:
         """The head's program but for its last linear module: branches ↦ features ``(B, k, 1, 1)``."""
-        last = len(self.plan.shapes) - 1
-        branches: Any = self.head["branches"]
-        norms: Any = self.head["norms"]
-        each = tuple(
-            (standardize(norm), _conv(conv), Slope(1.0), Pool(2 ** (last - i)))
-            for i, (norm, conv) in enumerate(zip(norms, branches, strict=True))
-        )
-        pixels = self.plan.shapes[-1][1] * self.plan.shapes[-1][2]
-        return Head(each, (_conv(self.head["mix"]), Slope(1.0), Average(pixels)))
+        return head_program(self.head, self.plan.shapes)
 
     def classify(self, z: Tensor) -> Tensor:
         """Scores ``(B, classes)`` of equilibria ``z (B, n)``."""
@@ -354,28 +362,3 @@ def _step_of(solver: Solver) -> float:
     on = solver.on if isinstance(solver, (Anderson, Broyden)) else solver
     alpha = solver.alpha if on is None else on.alpha
     return 1.0 if alpha is None else float(alpha)
-
-
-def _stem(in_channels: int, channels: int, stride: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False),
-        nn.GroupNorm(groups, channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
-        nn.GroupNorm(groups, channels),
-    )
-
-
-def _head(channels: tuple[int, ...], groups: int, width: int, classes: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "norms": nn.ModuleList(nn.GroupNorm(groups, c) for c in channels),
-            "branches": nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels),
-            "mix": nn.Conv2d(width, width, 1),
-            "linear": nn.Linear(width, classes),
-        }
-    )
-
-
-def _conv(conv: Any) -> Conv:
-    return Conv(conv.weight, stride=conv.stride[0], bias=conv.bias)

@@ -28,7 +28,7 @@ from .quantized import (
     round_down,
 )
 
-__all__ = ["PREPARED", "PreparedWeight", "prepare_weight"]
+__all__ = ["PREPARED", "PreparedMatrix", "PreparedWeight", "prepare_weight"]
 
 
 class PreparedWeight(nn.Module, ABC):
@@ -86,12 +86,12 @@ class PreparedWeight(nn.Module, ABC):
         return FakeQuantize(w, learn=self.learn_scale, **options).to(w.device)
 
 
-class PreparedAssembled(PreparedWeight):
-    """W̃ = Q(W)."""
+class PreparedMatrix(PreparedWeight):
+    """W̃ = Q(W): W itself is rounded, whatever proves the codes well posed."""
 
-    def __init__(self, weights: Monotone | Dense, scheme: Assembled, learn_scale: bool) -> None:
+    def __init__(self, weights: Any, scheme: Assembled, learn_scale: bool) -> None:
         super().__init__(weights, scheme, learn_scale)
-        self.rounding = self._fake(weights())
+        self.rounding = self._fake(weights().detach())
 
     def fit(self) -> None:
         with torch.no_grad():
@@ -100,6 +100,10 @@ class PreparedAssembled(PreparedWeight):
     def assemble(self) -> Tensor:
         W: Tensor = self.rounding(self.weights())
         return W
+
+
+class PreparedAssembled(PreparedMatrix):
+    """Q(W) of a monotone layer."""
 
     @torch.no_grad()
     def quantized(self) -> AssembledWeight:

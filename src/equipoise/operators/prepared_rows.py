@@ -12,28 +12,16 @@ from ..parametrizations import Contractive, Weighted
 from ..quantization.schemes import Assembled, Scheme, Structured
 from .contractive import AssembledRows, StructuredRows, better_weights, check_row_scheme, lowered, stored_weights
 from .dense import DenseOperator
-from .prepared import PreparedWeight
+from .prepared import PreparedMatrix, PreparedWeight
 from .prepared import prepare_weight as prepare_monotone
 
 __all__ = ["PREPARED_ROWS", "PreparedAssembledRows", "PreparedStructuredRows", "prepare_weight"]
 
 
-class PreparedAssembledRows(PreparedWeight):
-    """W̃ = Q(W), in the norm of the float weights while it trains."""
+class PreparedAssembledRows(PreparedMatrix):
+    """Q(W) of a NEMON layer, in the norm of the float weights while it trains."""
 
     weights: Any
-
-    def __init__(self, weights: Any, scheme: Assembled, learn_scale: bool) -> None:
-        super().__init__(weights, scheme, learn_scale)
-        self.rounding = self._fake(weights().detach())
-
-    def fit(self) -> None:
-        with torch.no_grad():
-            self.rounding.fit(self.weights())
-
-    def assemble(self) -> Tensor:
-        W: Tensor = self.rounding(self.weights())
-        return W
 
     def _operator(self, derived: dict[Any, Any]) -> DenseOperator:
         return DenseOperator(self(), family=self.weights.family(), derived=derived)

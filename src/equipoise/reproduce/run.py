@@ -5,18 +5,16 @@ A paper is a list of experiments and a way to write them up (:class:`Paper`); ev
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
-
 from .._atomic import check_output
+from .._machines import one_thread
 from ..data import Data
 from ..errors import DataNotFoundError, OptionError, OutputError
 from .journal import Journal
@@ -113,7 +111,7 @@ def run(
         OutputError: ``out`` cannot be written, or holds a finished run, or other files, and ``force`` is False.
         OptionError: ``out`` holds an unfinished run of other settings.
     """
-    with _one_thread():
+    with one_thread():
         return _run(paper, settings, data, _folder(Path(out), force), force, tell)
 
 
@@ -142,17 +140,6 @@ def _run(paper: Paper[Any], settings: Settings, data: Data, folder: Path, force:
     journal.finish({"comparisons": rows})
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return Outcome(reproduction, report, results)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices of a hundred rows gain nothing from a second thread, and wait long for it where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _folder(target: Path, force: bool) -> Path:

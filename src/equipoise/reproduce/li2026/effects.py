@@ -44,28 +44,12 @@ def displacement_section(found: Displacement, subject: Subject) -> Section:
         rows.append(
             compared("… by the published solver", said["share"], check.share, PERCENT, 5e-5, why(subject, few), JSON)
         )
-        rows.append(
-            compared(
-                "Mean bound, by the published solver",
-                said["bound"],
-                check.bound,
-                _digits(said["bound"]),
-                2e-3 * said["bound"],
-                why(subject, few),
-                JSON,
-            )
-        )
-        rows.append(
-            compared(
-                "Mean movement, by the published solver",
-                said["moved"],
-                check.moved,
-                _digits(said["moved"]),
-                4e-3 * said["moved"],
-                why(subject, few),
-                JSON,
-            )
-        )
+        for name, key, value, share in (
+            ("bound", "bound", check.bound, 2e-3),
+            ("movement", "moved", check.moved, 4e-3),
+        ):
+            label, form = f"Mean {name}, by the published solver", _digits(said[key])
+            rows.append(compared(label, said[key], value, form, share * said[key], why(subject, few), JSON))
     return Section(
         "displacement",
         "4. Theorem 3 against actual movement",
