@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -130,6 +131,31 @@ def test_every_theorem_has_its_section_and_its_function() -> None:
         assert re.search(r"`equipoise\.\w+", cells[2]), row
         named.add(section[1])
     assert named == sections, "a section of the theory has no row"
+
+
+def sections_cited(found: Resolved) -> set[int]:
+    """The sections of the theory that an object's docstring cites, or its class's or module's."""
+    module = inspect.getmodule(found)
+    owner = getattr(module, getattr(found, "__qualname__", "").split(".")[0], None)
+    words = " ".join(filter(None, (inspect.getdoc(each) for each in (found, owner, module))))
+    cited: set[int] = set()
+    for run in re.findall(r"[Tt]heory\s+((?:§\d+(?:–\d+)?(?:, | and )?)+)", words):
+        for first, last in re.findall(r"§(\d+)(?:–(\d+))?", run):
+            cited |= set(range(int(first), int(last or first) + 1))
+    return cited
+
+
+def test_functions_that_theorems_name_cite_their_section() -> None:
+    rows = re.findall(r"\[theory §(\d+)\]\(theory\.md\) \| (.*)", text("theorems.md"))
+    named = [(int(section), name) for section, cell in rows for name in re.findall(r"`(equipoise(?:\.\w+)+)`", cell)]
+    assert len(named) > 60
+    assert [(section, name) for section, name in named if section not in sections_cited(resolve(name))] == []
+
+
+def test_public_functions_cite_the_theory() -> None:
+    no_formula = {"convert", "load", "pgd", "save", "size"}
+    functions = {name for name in eq.__all__ if inspect.isfunction(getattr(eq, name))}
+    assert {name for name in functions if not re.search(r"[Tt]heory §", getattr(eq, name).__doc__)} == no_formula
 
 
 def test_fields_that_theorems_name_are_fields() -> None:

@@ -24,6 +24,7 @@ def prepare_qat(model: nn.Module, scheme: Scheme, learn_scale: bool = False) -> 
     pass straight through the rounding. Scales are fitted again in every step of training by ``scheme.scale``, or
     with ``learn_scale`` are parameters with the gradient of LSQ. The parts are those of :func:`quantize`, each at
     its own bits: ``bits`` (and ``skew_bits``), ``input_bits``, ``bias_bits``, ``head_bits``; None trains floats.
+    Theory §4.
 
     ``model`` may be freshly made or trained. The copy trains like any module; :func:`convert` turns it into codes.
 

@@ -32,7 +32,7 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
     """A copy of ``model`` whose equilibrium layers hold codes and scales only; ``model`` is left as it was.
 
     ``scheme.bits`` acts on the recurrent weights; ``input_bits`` and ``bias_bits`` on U and b, ``head_bits`` on the
-    linear module that ends the model; None keeps floats. Each quantized layer names its ``scheme``.
+    linear module that ends the model; None keeps floats. Each quantized layer names its ``scheme``. Theory §4.
 
     Raises:
         OptionError: an unknown scheme.

@@ -151,7 +151,7 @@ def robustness(
     reference: nn.Module | None = None,
     attack_steps: int = 20,
 ) -> Robustness:
-    """Certify and attack ``model`` on ``split`` within ``eps`` per pixel (of [0, 1]).
+    """Certify and attack ``model`` on ``split`` within ``eps`` per pixel (of [0, 1]); theory §7.
 
     Args:
         model: ends in one linear head; float or quantized.

@@ -76,8 +76,8 @@ def interval(model: nn.Module, low: Tensor, high: Tensor) -> Box:
     """A proved enclosure of ``model``'s exact outputs over every input x with ``low`` <= x <= ``high`` ``(B, d)``.
 
     ``model``: a layer or a chain of known modules, float or quantized. Boxes pass linear modules by centre and
-    radius, activations by monotonicity, equilibrium layers by the mixed-monotone system. A layer that is not in a
-    maximum-norm family is taken in the one of its Perron vector. A box that could not be proved is infinite.
+    radius, activations by monotonicity, equilibrium layers by the mixed-monotone system (theory §7). A layer that is
+    not in a maximum-norm family is taken in the one of its Perron vector. A box that could not be proved is infinite.
 
     Raises:
         InputError: a box with low > high, NaN or infinite entries, another shape.

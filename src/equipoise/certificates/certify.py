@@ -49,7 +49,7 @@ def certify(
     inputs: Tensor | None = None,
     tol: float = 1e-6,
 ) -> Certificate:
-    """Prove what holds of ``model``'s stored numbers (theory §5–6).
+    """Prove what holds of ``model``'s stored numbers (theory §5–9).
 
     Args:
         model: a layer or a chain of known modules, quantized or float.

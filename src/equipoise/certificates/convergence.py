@@ -1,4 +1,7 @@
-"""How fast a solver is proved to converge: factors, step counts, and what inexact steps cost (C1, C2)."""
+"""How fast a solver is proved to converge: factors, step counts, and what inexact steps cost.
+
+Theory §2, with C1 and C2 of theory §5; in maximum norms theory §7.
+"""
 
 from __future__ import annotations
 

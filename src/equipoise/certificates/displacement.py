@@ -1,4 +1,4 @@
-"""How far quantization moves an equilibrium, per input, and which predictions it cannot change (T3).
+"""How far quantization moves an equilibrium, per input, and which predictions it cannot change (T3, theory §5).
 
 Everything is float64 on the CPU. For any w let p = σ(W̃ w + q̃); monotonicity of the float network gives
 ‖p − z*‖ ≤ ‖(W̃ w + q̃) − (W p + q)‖/m, and that of the quantized one ‖p − z̃*‖ ≤ ‖W̃ (w − p)‖/m̃; together the primal

@@ -36,7 +36,7 @@ def certified_classes(model: nn.Module, low: Tensor, high: Tensor) -> Tensor:
     none is proved.
 
     The state's box goes through the differences V_i − V_j of the linear head that ends the model, so that class i is
-    proved where every score difference stays above 0 over the whole box.
+    proved where every score difference stays above 0 over the whole box (theory §7).
 
     Raises:
         StructureError: the model does not end in one linear head.
@@ -127,9 +127,9 @@ def _through_layer(layer: EquilibriumLayer, q: Tensor) -> Tensor:
 def input_lipschitz(model: nn.Module, norm: Radius | None = None) -> float | None:
     """A proved bound of ‖f(x) − f(x')‖/‖x − x'‖ for the whole model, of x ↦ z for a layer.
 
-    ``norm`` "l2": ‖U‖₂/m per equilibrium layer [PWK21]. "linf": entry by entry, max_k (|V| (I − M)⁻¹ |U| 1)_k for a
-    NEMON layer between linear ones, never above max_i u_i/(1 − μ_i) in any weights (theory §7 [JDPB21]). Default: that
-    of the model's layers, "l2" if all are Euclidean. None where nothing is proved.
+    ``norm`` "l2": ‖U‖₂/m per equilibrium layer (theory §1 [PWK21]). "linf": entry by entry,
+    max_k (|V| (I − M)⁻¹ |U| 1)_k for a NEMON layer between linear ones, never above max_i u_i/(1 − μ_i) in any weights
+    (theory §7 [JDPB21]). Default: that of the model's layers, "l2" if all are Euclidean. None where nothing is proved.
 
     Raises:
         OptionError: another norm.
@@ -149,7 +149,8 @@ def input_lipschitz(model: nn.Module, norm: Radius | None = None) -> float | Non
 def certified_radius(model: nn.Module, x: Tensor, norm: Radius = "linf") -> Tensor:
     """Proved radii ``(B,)``: no x' with ‖x' − x‖ below it gets another class than x ``(B, d)``; 0 where none.
 
-    From the Lipschitz bound: the score differences at x, divided by what a unit of perturbation can move them.
+    From the Lipschitz bound: the score differences at x, divided by what a unit of perturbation can move them
+    (theory §7).
     ``"linf"`` by :func:`reach_of_inputs`, ``"l2"`` by ‖U‖₂/m of Euclidean layers. Radii are in the units of x. Of a
     model with a torch softplus, which jumps at its threshold, they are 0; :func:`equipoise.interval` takes those.
 

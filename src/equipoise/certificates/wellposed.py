@@ -1,4 +1,7 @@
-"""Well-posedness: margin and Lipschitz constants as proved bounds, and how a perturbation moves them (T2)."""
+"""Well-posedness: margin and Lipschitz constants as proved bounds, and how a perturbation moves them (T2).
+
+Theory §1 and §5; in maximum norms §7.
+"""
 
 from __future__ import annotations
 
@@ -74,12 +77,12 @@ def margin(model: nn.Module) -> float:
 
 def lipschitz(model: nn.Module) -> float:
     """A proved upper bound of L = ‖I − W‖₂ (‖I − W‖_η where that is the norm of the margin), the largest over the
-    equilibrium layers."""
+    equilibrium layers (theory §1)."""
     return max(_fresh(layer).lipschitz() for _, layer in any_layers(model))
 
 
 def euclidean_lipschitz(model: nn.Module) -> float | None:
-    """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer [PWK21].
+    """A proved bound of the 2-norm Lipschitz constant of x ↦ output: ‖U‖₂/m per equilibrium layer (theory §1 [PWK21]).
 
     Linear modules on the way count with their norms. None where a layer has no proved Euclidean margin, and where there
     is a torch softplus, which has no Lipschitz constant: it jumps at its threshold (by 2e-9 for the defaults).
@@ -143,7 +146,7 @@ class Perturbation:
 
 
 def perturbation(layer: EquilibriumLayer, operator: DenseOperator, reference: DenseOperator) -> Perturbation:
-    """ΔW between a quantized layer and its float reference, bounded."""
+    """ΔW between a quantized layer and its float reference, bounded (T2, theory §5)."""
     (tilde, e_tilde), (exact, e) = operator.matrix64(), reference.matrix64()
     delta = tilde - exact
     rounding = verified.up(verified.UNIT * verified.absolute_norm(delta))

@@ -6,6 +6,8 @@ Rooms are imported when their command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ sweep.register(app)
 judge.register(app)
 ship.register(app)
 reproduce.register(app)
+for _command_info in app.registered_commands:  # a paragraph's lines are the source's, not the reader's
+    _command_info.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(_command_info.callback) or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The parser's own errors: their common class has had several homes, their method only one name.
         if not hasattr(error, "format_message"):
             raise
-        message = error.format_message() + _value(error, arguments)
+        message = error.format_message().replace("Value error, ", "") + _value(error, arguments)
         return _complain(f"{message} (equipoise {_command(arguments)}--help says more)")
     return status if isinstance(status, int) else 0
 

@@ -21,7 +21,6 @@ __all__ = [
     "BAD",
     "INTERRUPTED",
     "UNMET",
-    "Bits",
     "DataDir",
     "DataName",
     "Force",
@@ -29,9 +28,10 @@ __all__ = [
     "Model",
     "OnData",
     "Out",
-    "Share",
     "app",
+    "flag",
     "keep",
+    "option",
     "say",
     "say_json",
     "show_warning",
@@ -55,27 +55,34 @@ class DataName(enum.StrEnum):
     cifar10 = "cifar10"
 
 
-def _option(help: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=help, **settings)
+def option(help: str, *names: str, **settings: Any) -> Any:
+    """An option whose default its help tells, where there is one."""
+    return typer.Option(*names, help=help, show_default=False, **settings)
+
+
+def flag(help: str, name: str, **settings: Any) -> Any:
+    """An option that is given or not, and has no value to describe."""
+    return typer.Option(name, help=help, metavar="", **settings)
 
 
 Model = Annotated[Path, typer.Argument(metavar="FILE", help="A model file of equipoise.", show_default=False)]
-Out = Annotated[Path, _option("The file to write.", show_default=False)]
-Force = Annotated[bool, _option("Replace what exists.", "--force")]
-Json = Annotated[bool, _option("One JSON object on stdout, nothing else there.", "--json")]
-OnData = Annotated[DataName, _option("Data set.", "--data")]
+Out = Annotated[Path, option("The file to write.")]
+Force = Annotated[bool, flag("Replace what exists.", "--force")]
+Json = Annotated[bool, flag("Print one JSON object on stdout, and nothing else there.", "--json")]
+OnData = Annotated[DataName, typer.Option("--data", metavar="DATA", help="Data set: digits, mnist or cifar10.")]
 DataDir = Annotated[
     Path | None,
-    _option("Folder that holds mnist/*.parquet; else EQUIPOISE_DATA, else the hub.", show_default=False),
+    option(
+        "Folder with mnist/ and cifar10/ laid out as on the Hugging Face hub. If not given, the one that the variable"
+        " EQUIPOISE_DATA names; without it they are downloaded."
+    ),
 ]
-Share = Annotated[float | None, _option("A share from 0 to 1.", show_default=False)]
-Bits = Annotated[int | None, _option("1 to 16, or 32; floats if not given.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    show_version: Annotated[bool, _option("Print the version and exit.", "--version")] = False,
+    show_version: Annotated[bool, flag("Print the version and exit.", "--version")] = False,
 ) -> None:
     if show_version:
         say(f"equipoise {version('equipoise')}")
@@ -141,14 +148,19 @@ def keep(
     if as_json:
         say_json(found)
         return
-    norm = "₂" if proof["family"] == "l2" else "_η"
-    bounds = {
-        "margin": "margin, at least",
-        "lipschitz": "Lipschitz constant, at most",
-        "delta_norm": f"‖ΔW‖{norm}, at most",
-    }
-    rows = [(bounds.get(k, k.replace("_", " ")), _shown(k, v)) for k, v in found.items() if v is not None]
+    labels = LABELS | {"delta_norm": f"‖ΔW‖{'₂' if proof['family'] == 'l2' else '_η'}, at most"}
+    shown = {k: v for k, v in found.items() if v is not None and k not in ("accuracy", "interrupted")}
+    rows = [(labels.get(k, k.replace("_", " ")), _shown(k, v)) for k, v in shown.items()]
     say(rendered(pairs_table(rows)), end="")
+
+
+LABELS = {
+    "accuracy_validation": "accuracy, validation split",
+    "accuracy_test": "accuracy, test split",
+    "size_bytes": "size, bytes",
+    "margin": "margin, at least",
+    "lipschitz": "Lipschitz constant, at most",
+}
 
 
 def _shown(name: str, value: Any) -> str:
@@ -157,7 +169,9 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, float):
-        return str(value)
+        return f"{value:,}" if name == "size_bytes" else str(value)
     if name.startswith("accuracy"):
         return percent(value)
+    if name == "seconds_per_epoch":
+        return number(value, 2)
     return {"margin": at_least, "lipschitz": at_most, "delta_norm": at_most}.get(name, number)(value, 6)

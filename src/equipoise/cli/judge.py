@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import enum
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError
-from .common import (
-    UNMET,
-    Bits,
-    DataDir,
-    DataName,
-    Force,
-    Json,
-    Model,
-    OnData,
-    Share,
-    say,
-    say_json,
-    tell,
-)
+from .common import UNMET, DataDir, DataName, Force, Json, Model, OnData, flag, option, say, say_json, tell
+from .options import BitsList, InputBits, numbers, scheme_option
 
 if TYPE_CHECKING:
     from ..ladder import Ladder
@@ -46,21 +33,30 @@ def register(app: typer.Typer) -> None:
 
 def certify(
     file: Model,
-    reference: Annotated[Path | None, typer.Option(help="The float model it came from.", show_default=False)] = None,
-    data: Annotated[
-        DataName | None, typer.Option(help="Data set to prove input by input on.", show_default=False)
+    reference: Annotated[
+        Path | None, option("The float model that it came from: prove how far the codes moved the answers.")
     ] = None,
-    split: Annotated[SplitName, typer.Option(help="Part of the data set.")] = SplitName.test,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", show_default=False)] = None,
-    require: Annotated[bool, typer.Option("--require", help="Exit with 1 unless certified.")] = False,
+    data: Annotated[
+        DataName | None,
+        option("Data set to prove it on, input by input: digits, mnist or cifar10.", metavar="DATA"),
+    ] = None,
+    split: Annotated[
+        SplitName, typer.Option(metavar="SPLIT", help="Part of the data set: train, validation or test.")
+    ] = SplitName.test,
+    limit: Annotated[int | None, option("Only the first so many samples.")] = None,
+    require: Annotated[bool, flag("Exit with 1 unless certified.", "--require")] = False,
     eps_inf: Annotated[
         float | None,
-        typer.Option(help="Also certify and attack within so much per pixel of [0, 1].", show_default=False),
+        option("Also certify and attack every image within so much per pixel (of [0, 1]); needs --data."),
     ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> int:
-    """Prove what holds for a file, alone or against the float network it came from."""
+    """Prove what holds for a file, alone or against the float network it came from.
+
+    certified: a positive margin is proved, so every input has exactly one equilibrium. converged: not proved, yet all
+    inputs of --data settled. diverged: some did not. unknown: not proved, and without --data not tried.
+    """
     from ..certificates import certify as prove
     from ..data import Split, load_data
     from ..files import load
@@ -99,38 +95,40 @@ def certify(
     return 0
 
 
+def asked(help: str) -> Any:
+    """An option that asks something of what is chosen."""
+    return option(help, rich_help_panel="What is asked of the chosen one, on the validation split")
+
+
 def plan(
     file: Model,
     data: OnData,
-    schemes: Annotated[
-        str, typer.Option(help="Some of assembled, structured, compensated, cayley, with commas; default: all.")
-    ] = "",
-    bits: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 16,8-1.")] = "8-1",
-    input_bits: Bits = None,
-    min_accuracy: Share = None,
-    min_agreement: Share = None,
-    max_displacement: Annotated[
-        float | None,
-        typer.Option(help="Every validation input is proved to move by at most this.", show_default=False),
-    ] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Packed size.", show_default=False)] = None,
+    schemes: Annotated[str, scheme_option(" Several with commas; default all four.")] = "",
+    bits: BitsList = "8-1",
+    input_bits: InputBits = None,
     mixed: Annotated[
-        bool,
-        typer.Option("--mixed", help="Choose bits part by part as well: A, K, U, b, head of a structured version."),
+        bool, flag("Also choose bits part by part: A, K, U, b and head of a structured version.", "--mixed")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the ladder here, as JSON.", show_default=False)] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a report here, as one HTML page.", show_default=False)
+    min_accuracy: Annotated[float | None, asked("At least this share of right answers, 0 to 1.")] = None,
+    min_agreement: Annotated[
+        float | None, asked("At least this share of inputs whose class is proved to be the float network's, 0 to 1.")
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the chosen model here.", show_default=False)] = None,
+    max_displacement: Annotated[
+        float | None, asked("Every equilibrium is proved to move by at most this, in the 2-norm.")
+    ] = None,
+    max_bytes: Annotated[int | None, asked("At most so many bytes, packed.")] = None,
+    out: Annotated[Path | None, option("Write the ladder here, as JSON.")] = None,
+    report: Annotated[Path | None, option("Write a report here, as one HTML page.")] = None,
+    save: Annotated[Path | None, option("Write the chosen model here.")] = None,
     data_dir: DataDir = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
-    """Print the ladder of schemes and bits; choose the smallest rung that meets every requirement.
+    """Quantize by every scheme at every number of bits, certify each, and choose.
 
-    Chosen on the validation split, reported on the test split. Exit status 1 where no rung meets all. With --mixed
-    and --max-bytes the rung that is proved to move least within those bytes is chosen instead of the smallest.
+    Chosen is the smallest that is certified and meets every requirement; with --mixed and --max-bytes the one that is
+    proved to move least within those bytes. Requirements are judged on the validation split, figures are of the test
+    split. Exit status 1 where nothing meets them all.
     """
     from .._atomic import check_output
     from ..data import load_data
@@ -138,11 +136,11 @@ def plan(
     from ..ladder import Requirements
     from ..plan import build_ladder
     from ..quantization.schemes import SCHEMES
-    from ..report.terminal import ladder_table, ladder_words, rendered, waiting
+    from ..report.terminal import ladder_table, ladder_words, pairs_table, rendered, waiting
 
     asked = Requirements(min_agreement, max_displacement, min_accuracy, max_bytes)
     names = [name.strip().lower() for name in schemes.split(",")] if schemes else list(SCHEMES)
-    widths = _numbers(bits)
+    widths = numbers("bits", bits, 32)
     for path in (out, report, save):
         if path is not None:
             check_output(path, force)
@@ -150,11 +148,13 @@ def plan(
     with waiting("quantizing and certifying") as progress:
         ladder = build_ladder(model, loaded, names, widths, asked, input_bits, progress, mixed)
     _write(ladder, out, report, save, force, f"{file.name} on {data}")
+    files = {"ladder": out, "report": report, "model": None if ladder.chosen is None else save}
     if as_json:
         say_json(ladder.to_dict())
     else:
         say(rendered(ladder_table(ladder)), end="")
         say(rendered(ladder_words(ladder)), end="")
+        say(rendered(pairs_table((purpose, str(path)) for purpose, path in files.items() if path is not None)), end="")
     if ladder.chosen is None:
         tell("no rung is certified and meets every requirement")
         return UNMET
@@ -178,27 +178,12 @@ def _write(ladder: Ladder, out: Path | None, report: Path | None, save: Path | N
         save_model(chosen.model, save, chosen.portable_certificate, force)
 
 
-def _numbers(text: str) -> list[int]:
-    """ "16,8-1" as [16, 8, 7, …, 1]."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise OptionError(f"bits {text!r}: give numbers and ranges with commas, such as 8-1 or 16,8,4")
-        first = int(match[1])
-        last = int(match[2] or first)
-        if max(first, last) > 32:
-            raise OptionError(f"bits {text!r}: {max(first, last)} is too many; give 1 to 16, or 32")
-        found += range(first, last - 1, -1) if first >= last else range(first, last + 1)
-    return found
-
-
 def bench(
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="A checkpoint of mondeq-quant, benched beside a trained one.", show_default=False),
+        option("A checkpoint of mondeq-quant to bench beside a network that is trained here."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller batches and layers, fewer rounds.")] = False,
+    quick: Annotated[bool, flag("Smaller batches and layers, fewer rounds: a minute or two.", "--quick")] = False,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> int:

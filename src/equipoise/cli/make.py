@@ -7,17 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    UNMET,
-    Bits,
-    Force,
-    Json,
-    Model,
-    Out,
-    keep,
-    say,
-    say_json,
-)
+from .common import UNMET, Force, Json, Model, Out, keep, option, say, say_json
+from .options import ROUNDING, Rounding, bits_of, grouped, scheme_option
 
 __all__ = ["register"]
 
@@ -26,7 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(demo)
     app.command("import")(import_)
-    app.command()(quantize)
+    app.command()(grouped(quantize))
 
 
 def demo(
@@ -53,15 +44,16 @@ def import_(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A .pt, .pth or .safetensors state dict.", show_default=False)
     ],
-    format: Annotated[str, typer.Option(help="mondeq-quant, monotone_op_net or nemon.", show_default=False)],
+    format: Annotated[str, option("Whose it is: mondeq-quant, monotone_op_net or nemon.")],
     out: Out,
-    margin: Annotated[
-        float | None, typer.Option(help="m where the file has none; default 1.0.", show_default=False)
-    ] = None,
+    margin: Annotated[float | None, option("The margin m, where the file has none; default 1.0.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
-    """Take in a network that was trained elsewhere."""
+    """Take in a network that was trained with the published code of a paper.
+
+    Any other network comes in through Python: MonDEQ.from_weights takes W, U and b.
+    """
     from .._atomic import check_output
     from ..importers import import_model
 
@@ -71,42 +63,34 @@ def import_(
 
 
 def quantize(
+    *,
     file: Model,
-    scheme: Annotated[str, typer.Option(help="assembled, structured, compensated or cayley.", show_default=False)],
-    bits: Annotated[int, typer.Option(help="Of the recurrent weights: 1 to 16, or 32.", show_default=False)],
     out: Out,
-    skew_bits: Annotated[
-        int | None, typer.Option(help="Of K in the structured scheme; default BITS.", show_default=False)
+    scheme: Annotated[str, scheme_option()],
+    bits: Annotated[int, bits_of("the recurrent weights")],
+    rounding: Rounding,
+    margin: Annotated[
+        float | None,
+        option("Margin that compensated is to reach; default 0.05.", rich_help_panel=ROUNDING),
     ] = None,
-    input_bits: Bits = None,
-    bias_bits: Bits = None,
-    head_bits: Bits = None,
-    granularity: Annotated[str | None, typer.Option(help="tensor or row.", show_default=False)] = None,
-    scale: Annotated[str | None, typer.Option(help="max or mse.", show_default=False)] = None,
-    margin: Annotated[float | None, typer.Option(help="Target of the compensated scheme.", show_default=False)] = None,
-    alpha: Annotated[float | None, typer.Option(help="Step of the cayley scheme.", show_default=False)] = None,
+    alpha: Annotated[
+        float | None,
+        option("Step α of cayley; default the one with the best rate.", rich_help_panel=ROUNDING),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
-    """Turn a float network's weights into integer codes."""
+    """Turn a float network's weights into integer codes, and certify them.
+
+    --bits is about the recurrent weights W alone; the others stay floats unless their own option is given.
+    """
     from .._atomic import check_output
     from ..files import load
     from ..quantization.schemes import scheme_from_dict, scheme_to_dict
     from ..quantize import quantize as quantized
 
-    options = {
-        "scheme": scheme,
-        "bits": bits,
-        "skew_bits": skew_bits,
-        "input_bits": input_bits,
-        "bias_bits": bias_bits,
-        "head_bits": head_bits,
-        "granularity": granularity,
-        "scale": scale,
-        "margin": margin,
-        "alpha": alpha,
-    }
-    chosen = scheme_from_dict({name: value for name, value in options.items() if value is not None})
+    further = {name: value for name, value in (("margin", margin), ("alpha", alpha)) if value is not None}
+    chosen = scheme_from_dict({"scheme": scheme, "bits": bits, **rounding.given(), **further})
     check_output(out, force)
     original = load(file)
     found = {"out": str(out), **scheme_to_dict(chosen)}

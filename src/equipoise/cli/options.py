@@ -1,13 +1,16 @@
 """Options that training commands share, in groups: each a frozen dataclass whose fields are options.
 
-:func:`grouped` lets a command take a group as one argument, while the parser sees the options in it.
+:func:`grouped` lets a command take a group as one argument, while the parser sees the options in it, and the help
+shows them in a box of their own with the group's docstring as its title.
 """
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,19 +19,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .common import Bits
+from .common import flag, option
 
 if TYPE_CHECKING:
     from ..penalties import MarginPenalty
     from ..quantization.schemes import Scheme
     from ..training import TrainingConfig
 
-__all__ = ["Course", "Network", "PrecisionName", "Rounding", "Target", "grouped", "option", "penalty"]
+__all__ = [
+    "ROUNDING",
+    "BitsList",
+    "Course",
+    "InputBits",
+    "LearnScale",
+    "Network",
+    "PrecisionName",
+    "Rounding",
+    "Target",
+    "bits_of",
+    "grouped",
+    "numbers",
+    "penalty",
+    "scheme_option",
+]
 
-
-def option(help: str, *names: str) -> Any:
-    """An option whose default its help tells, where there is one."""
-    return typer.Option(*names, help=help, show_default=False)
+ROUNDING = "How weights are rounded"
+"""The title of what stands in the help about schemes and bits."""
 
 
 def grouped(command: Callable[..., int]) -> Callable[..., int]:
@@ -49,7 +65,7 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
         if name not in groups:
             parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
             continue
-        inner = typing.get_type_hints(groups[name], include_extras=True)
+        inner = _boxed(groups[name])
         parameters += [
             inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=inner[f.name])
             for f in fields(groups[name])
@@ -59,6 +75,17 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
     signature.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del signature.__wrapped__  # or the parser would look through to the groups
     return call
+
+
+def _boxed(group: Any) -> dict[str, Any]:
+    """The fields' annotations, each option in the box that the group's docstring names."""
+    boxed = {}
+    for name, annotation in typing.get_type_hints(group, include_extras=True).items():
+        kind, described = typing.get_args(annotation)
+        described = copy.copy(described)
+        described.rich_help_panel = inspect.cleandoc(group.__doc__ or "").rstrip(".") or None
+        boxed[name] = Annotated[kind, described]
+    return boxed
 
 
 class ModelName(enum.StrEnum):
@@ -94,16 +121,27 @@ class PrecisionName(enum.StrEnum):
 class Network:
     """Which network."""
 
-    model: Annotated[ModelName, typer.Option(help="Kind of network.")] = ModelName.mondeq
+    model: Annotated[
+        ModelName,
+        typer.Option(
+            metavar="MODEL",
+            help="mondeq (fully connected, proved by a margin), nemon (by row sums, for perturbed pixels); for images"
+            " monconv, multitier, nemonconv, lmdeq (contracts), mdeq (proves nothing).",
+        ),
+    ] = ModelName.mondeq
     preset: Annotated[
-        PresetName | None, option("Its size and how it is trained by default: tiny, small or published.")
+        PresetName | None,
+        option("Its size, and how it is trained by default: tiny, small or published.", metavar="PRESET"),
     ] = None
     features: Annotated[int | None, option("Units of the equilibrium layer, or channels; default the preset's.")] = None
-    rank: Annotated[int | None, option("Rows of A; default a quarter of the features.")] = None
-    margin: Annotated[float | None, option("Margin of a monDEQ to start from, default 1; it is learned.")] = None
+    rank: Annotated[int | None, option("Rows of A in W = (1 − m)I − AᵀA + B − Bᵀ; default a quarter of them.")] = None
+    margin: Annotated[float | None, option("Margin m that a mondeq starts from, default 1; it is learned.")] = None
     gamma: Annotated[
         float | None,
-        option("Below 1: measure of a nemon, default 0.95, of a nemonconv 0.1; contraction of an lmdeq in training."),
+        option(
+            "Below 1: the measure of W in a nemon (default 0.95) or nemonconv (default 0.1), or the factor by which"
+            " an lmdeq contracts in training."
+        ),
     ] = None
 
     def fields(self) -> dict[str, Any]:
@@ -116,19 +154,20 @@ class Network:
 class Course:
     """How it is trained; what is not given is the preset's."""
 
-    epochs: Annotated[int | None, option("Passes over the training split; default the preset's.")] = None
-    batch_size: Annotated[int | None, option("Samples per step; default 128.")] = None
-    lr: Annotated[float | None, option("Largest learning rate; default 3e-3, or the preset's.", "--lr")] = None
+    epochs: Annotated[int | None, option("Passes over the training split; 12 for a mondeq.")] = None
+    batch_size: Annotated[int | None, option("Samples per step; 128.")] = None
+    lr: Annotated[float | None, option("Largest learning rate; 3e-3 for a mondeq.", "--lr")] = None
     weight_decay: Annotated[
         float | None,
-        option("Of matrices, to keep W and its rounding small; default 0.3, or the preset's; 0.1 at 1 input bit."),
+        option("Pull on matrices that keeps W and its rounding small; 0.3 for a mondeq, 0.1 with --input-bits 1."),
     ] = None
     schedule: Annotated[
-        ScheduleName | None, option("Of the learning rate: one-cycle, cosine, step or constant; default the preset's.")
+        ScheduleName | None,
+        option("Course of the learning rate: one-cycle, cosine, step or constant.", metavar="SCHEDULE"),
     ] = None
     augment: Annotated[
         bool | None,
-        option("Shift images, and mirror those of cifar10, at random; default the preset's.", "--augment/--no-augment"),
+        option("Shift images, and mirror those of cifar10, at random.", "--augment/--no-augment", metavar=""),
     ] = None
 
     def config(self, network: Network, data: str, input_bits: int | None, **given: Any) -> TrainingConfig:
@@ -150,25 +189,57 @@ class Course:
         )
 
 
+def scheme_option(default: str = "") -> Any:
+    """The option that names a scheme, or several."""
+    return option(
+        "structured: what W is made of is rounded, its margin stays at any number of bits. compensated: W is rounded,"
+        " its diagonal lowered to a margin. cayley: the solver's matrix is rounded. assembled: W is rounded, and may"
+        f" lose its margin.{default}",
+        metavar="SCHEME",
+        rich_help_panel=ROUNDING,
+    )
+
+
+def bits_of(what: str, otherwise: str = "") -> Any:
+    """The option that gives the bits of ``what``."""
+    return option(f"Bits of {what}, 1 to 16, or 32.{otherwise}", rich_help_panel=ROUNDING)
+
+
+FLOATS = " Floats if not given."
+InputBits = Annotated[int | None, bits_of("the input weights U", FLOATS)]
+BitsList = Annotated[
+    str,
+    typer.Option(help="Bits of the recurrent weights: numbers and ranges, such as 16,8-1.", rich_help_panel=ROUNDING),
+]
+LearnScale = Annotated[
+    bool, flag("Learn the scales instead of fitting them in every step.", "--learn-scale", rich_help_panel=ROUNDING)
+]
+
+
 @dataclass(frozen=True)
 class Rounding:
-    """Of a quantization scheme, beside its name and bits."""
+    """How weights are rounded."""
 
-    skew_bits: Annotated[int | None, option("Of K in the structured scheme; default BITS.")] = None
-    input_bits: Bits = None
-    bias_bits: Bits = None
-    head_bits: Bits = None
-    granularity: Annotated[str | None, option("Of scales: tensor or row.")] = None
-    scale: Annotated[str | None, option("Fitted in every step: max or mse.")] = None
-    learn_scale: Annotated[bool, typer.Option("--learn-scale", help="Learn the scales instead of fitting.")] = False
+    skew_bits: Annotated[int | None, bits_of("K = B − Bᵀ, structured only", " As BITS if not given.")] = None
+    input_bits: InputBits = None
+    bias_bits: Annotated[int | None, bits_of("the bias b", FLOATS)] = None
+    head_bits: Annotated[int | None, bits_of("the linear layers around the equilibrium", FLOATS)] = None
+    granularity: Annotated[
+        str | None, option("One scale per tensor or per row: tensor, or row, which is cayley's default.")
+    ] = None
+    scale: Annotated[
+        str | None, option("Fit scales to the largest weight: max, assembled's default; or in least squares: mse.")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def scheme(self, name: str | None, bits: int | None, target: float | None) -> Scheme | None:
         """The scheme of these options, None where there is none; options that were not given are None."""
         from ..quantization.schemes import scheme_from_dict
 
-        options = {"bits": bits, **vars(self)}
-        del options["learn_scale"]
-        given = {option: value for option, value in options.items() if value is not None}
+        given = self.given() if bits is None else {"bits": bits, **self.given()}
         if name is None:
             if given:
                 option = next(iter(given)).replace("_", "-")
@@ -179,7 +250,21 @@ class Rounding:
         return scheme_from_dict({"scheme": name, **given})
 
 
-Target = Annotated[float | None, option("Drive the proved margin to this; exit 1 where it is missed.")]
+Target = Annotated[float | None, option("Drive the proved margin to this in training; exit 1 where it is missed.")]
+
+
+def numbers(what: str, text: str, largest: int) -> list[int]:
+    """ "8,4-2" as [8, 4, 3, 2]."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise OptionError(f"{what} {text!r}: give numbers and ranges with commas, such as 8-1 or 16,8,4")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if max(first, last) > largest or abs(first - last) > 10_000:
+            raise OptionError(f"{what} {text!r}: {max(first, last)} is too many")
+        found += range(first, last - 1, -1) if first >= last else range(first, last + 1)
+    return found
 
 
 def penalty(target: float | None, ratio: float | None, weight: float | None) -> MarginPenalty | None:

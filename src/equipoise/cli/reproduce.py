@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import DataDir, Force, Json, say, say_json
+from .common import DataDir, Force, Json, flag, option, say, say_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,18 +37,19 @@ def reproduce(
     ],
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="A float model file, or the released checkpoint; else one is trained.", show_default=False),
+        option("A float model file, or the paper's released checkpoint; if not given, a network is trained."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Less training, fewer samples.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder to write; default the paper's name.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and the order of samples.")] = 0,
+    quick: Annotated[bool, flag("Less training and fewer samples: minutes.", "--quick")] = False,
+    out: Annotated[Path | None, option("The folder to write; default the paper's name.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of samples.")] = 0,
     data_dir: DataDir = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
-    """Run a paper's experiments again, and write its figures beside ours. A run that was stopped goes on."""
+    """Run a paper's experiments again, and write its figures beside ours.
+
+    li2026, jafarpour2021 and winston2020 need MNIST, sato2026 CIFAR-10. A run that was stopped goes on.
+    """
     from ..data import load_data
     from ..report.terminal import rendered, waiting
     from ..reproduce import PAPERS, Settings, run

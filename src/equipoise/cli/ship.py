@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import DataDir, DataName, Force, Json, Model, say, say_json, tell
+from .common import DataDir, DataName, Force, Json, Model, flag, option, say, say_json, tell
 
 __all__ = ["register"]
 
@@ -32,30 +33,41 @@ def register(app: typer.Typer) -> None:
 
 def export(
     file: Model,
-    target: Annotated[TargetName, typer.Option(help="C99 in integers only, or an ONNX graph.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    target: Annotated[TargetName, option("c: C99 in integers only; onnx: ONNX graphs.", metavar="TARGET")],
+    out: Annotated[Path, option("The folder to write.")],
     tol: Annotated[
-        float | None, typer.Option(help="Rounding and truncation together stay below this.", show_default=False)
+        float | None,
+        option("What the program's own rounding and its limited steps may err, together; sets the number of steps."),
     ] = None,
-    mode: Annotated[ModeName | None, typer.Option(help="Default: what the codes are for.", show_default=False)] = None,
+    mode: Annotated[
+        ModeName | None,
+        option("cayley or factored (codes of structured); default: the one that the codes are for.", metavar="MODE"),
+    ] = None,
     input_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LO HI", help="Raw pixels, or network inputs without preprocessing.", show_default=False),
+        option("Smallest and largest raw pixel, or network input where there is no preprocessing.", metavar="LO HI"),
     ] = None,
-    activation_bits: Annotated[int, typer.Option(help="Of the iterates: 8 or 16.")] = 16,
+    activation_bits: Annotated[int, typer.Option(help="Bits of the iterates: 8 or 16.")] = 16,
     reference: Annotated[
-        Path | None, typer.Option(help="The float model it came from: bound the error against it.", show_default=False)
+        Path | None, option("The float model that it came from: bound the error against it, and not the codes' own.")
     ] = None,
     data: Annotated[
         DataName | None,
-        typer.Option(help="Choose the iterates' range on its training inputs, and check it.", show_default=False),
+        option(
+            "Data set (digits, mnist, cifar10) on whose training inputs a finer range of the iterates is chosen; the"
+            " program then checks it.",
+            metavar="DATA",
+        ),
     ] = None,
-    uncertified: Annotated[bool, typer.Option("--uncertified", help="Write it even if nothing is proved.")] = False,
+    uncertified: Annotated[bool, flag("Write it even if nothing is proved of it.", "--uncertified")] = False,
     data_dir: DataDir = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
-    """Write a model as a program with a fixed number of steps and a proved error."""
+    """Write a quantized model as a program with a fixed number of steps and a proved error.
+
+    C takes codes of the schemes cayley (1 to 8 bits) and structured (1 to 16), with ReLU.
+    """
     from ..data import load_data
     from ..export import export as ship
     from ..export.write import check_folder
@@ -91,4 +103,6 @@ def export(
         say_json({**certificate.to_dict(), "out": str(out)})
     else:
         say(rendered(pairs_table([*certificate.summary(), ("written to", str(out))])), end="")
+        if target is TargetName.c:
+            say(f"check it: cd {shlex.quote(str(out))} && cc -std=c99 -O2 eqnet.c selftest.c -o selftest && ./selftest")
     return 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError
-from .common import UNMET, DataDir, DataName, Json, OnData, say, say_json, tell
-from .options import Course, Network, Rounding, Target, grouped, penalty
+from .common import UNMET, DataDir, DataName, Json, OnData, option, say, say_json, tell
+from .options import BitsList, Course, LearnScale, Network, Rounding, Target, grouped, numbers, penalty, scheme_option
 
 if TYPE_CHECKING:
     from ..quantization.schemes import Scheme
@@ -27,19 +25,20 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     *,
-    out: Annotated[Path, typer.Option(help="The folder for everything; a sweep there goes on.", show_default=False)],
+    out: Annotated[Path, option("The folder for everything; a sweep that was begun there goes on.")],
     data: OnData = DataName.digits,
     network: Network,
     course: Course,
-    schemes: Annotated[
-        str, typer.Option(help="Some of float, assembled, structured, compensated, cayley, with commas.")
-    ] = "structured",
-    bits: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 8,4-1.")] = "4,2",
-    seeds: Annotated[str, typer.Option(help="Numbers and ranges with commas, such as 0-2.")] = "0",
+    schemes: Annotated[str, scheme_option(" Several with commas, also float; default structured.")] = "structured",
+    bits: BitsList = "4,2",
     rounding: Rounding,
+    learn_scale: LearnScale = False,
+    seeds: Annotated[str, typer.Option(help="Seeds: numbers and ranges with commas, such as 0-2.")] = "0",
     margin_target: Target = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
-    backend: Annotated[str, typer.Option(help="loky (processes), threading, or a ray or dask cluster.")] = "loky",
+    backend: Annotated[
+        str, typer.Option(help="By what: loky (processes), threading, or a ray or dask cluster.")
+    ] = "loky",
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> int:
@@ -55,14 +54,14 @@ def sweep(
 
     wanted: list[Scheme | None] = []
     for name in (name.strip().lower() for name in schemes.split(",")):
-        widths = [None] if name == "float" else _numbers("bits", bits, 32)
+        widths = [None] if name == "float" else numbers("bits", bits, 32)
         wanted += [None if width is None else rounding.scheme(name, width, margin_target) for width in widths]
     aim = penalty(margin_target, None, None)
     config = course.config(network, data, rounding.input_bits, margin=aim)
     first = next((scheme for scheme in wanted if scheme is not None), None)
-    base = Job(data, config, first, rounding.learn_scale, data_dir=data_dir, **network.fields())
+    base = Job(data, config, first, learn_scale, data_dir=data_dir, **network.fields())
     with waiting("training") as progress:
-        found = run_sweep(base, wanted, _numbers("seeds", seeds, LARGEST), out, jobs, backend, progress)
+        found = run_sweep(base, wanted, numbers("seeds", seeds, LARGEST), out, jobs, backend, progress)
     figure = sweep_figure(found.means(), out / "sweep.svg")
     if as_json:
         say_json({"out": str(out), "figure": None if figure is None else str(figure), **found.to_dict()})
@@ -74,17 +73,3 @@ def sweep(
     for row in missed:
         tell(f"{row.folder} missed the margin {margin_target:g}: {row.margin:.6g} is proved")
     return UNMET if found.failed or missed else 0
-
-
-def _numbers(what: str, text: str, largest: int) -> list[int]:
-    """ "8,4-2" as [8, 4, 3, 2]."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise OptionError(f"{what} {text!r}: give numbers and ranges with commas, such as 4,2 or 0-2")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if max(first, last) > largest or abs(first - last) > 10_000:
-            raise OptionError(f"{what} {text!r}: {max(first, last)} is too many")
-        found += range(first, last - 1, -1) if first >= last else range(first, last + 1)
-    return found

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .common import INTERRUPTED, UNMET, DataDir, DataName, Force, Json, OnData, Out, keep, say_json, tell
-from .options import Course, Network, PrecisionName, Rounding, Target, grouped, option, penalty
+from .common import INTERRUPTED, UNMET, DataDir, DataName, Force, Json, OnData, Out, flag, keep, option, say_json, tell
+from .options import (
+    Course,
+    LearnScale,
+    Network,
+    PrecisionName,
+    Rounding,
+    Target,
+    bits_of,
+    grouped,
+    penalty,
+    scheme_option,
+)
 
 if TYPE_CHECKING:
     from ..jobs import Job
@@ -21,21 +32,25 @@ __all__ = ["register"]
 
 @dataclass(frozen=True)
 class Aims:
-    """What is asked of the network beside accuracy."""
+    """What is asked of it beside accuracy."""
 
-    eps_inf: Annotated[float, typer.Option(help="Train on boxes of so much per pixel of [0, 1]; nemon only.")] = 0.0
-    eps_share: Annotated[float | None, option("Of the boxes' loss beside that of the images, 0 to 1; default 0.5.")] = (
-        None
-    )
-    eps_ramp: Annotated[
-        float | None, option("Part of the training in which boxes and share grow, 0 to 1; default 0.5.")
+    eps_inf: Annotated[
+        float, option("Train on all images within so much per pixel (of [0, 1]), as boxes; nemon only.")
+    ] = 0.0
+    eps_share: Annotated[
+        float | None, option("Share of the boxes' loss beside that of the images, 0 to 1; default 0.5.")
     ] = None
-    lipschitz_weight: Annotated[float, typer.Option(help="Of the ℓ∞ Lipschitz bound in the loss; nemon only.")] = 0.0
+    eps_ramp: Annotated[
+        float | None, option("Part of the training in which boxes and their share grow, 0 to 1; default 0.5.")
+    ] = None
+    lipschitz_weight: Annotated[float, option("Weight of the ℓ∞ Lipschitz bound in the loss; nemon only.")] = 0.0
     margin_target: Target = None
-    margin_ratio: Annotated[float | None, option("Drive ‖ΔW‖₂ to this part of the margin; else exit 1.")] = None
-    margin_weight: Annotated[float | None, option("Of these aims in the loss; default 1.")] = None
+    margin_ratio: Annotated[
+        float | None, option("Drive ‖ΔW‖₂ below this part of the margin, such as 0.9; exit 1 where it is missed.")
+    ] = None
+    margin_weight: Annotated[float | None, option("Weight of these two in the loss; default 1.")] = None
     stop_on_lost_margin: Annotated[
-        bool, typer.Option("--stop-on-lost-margin", help="Stop, with exit 1, after an epoch without proved margin.")
+        bool, flag("Stop, with exit 1, after an epoch that ends without a proved margin.", "--stop-on-lost-margin")
     ] = False
 
     def fields(self, model: str) -> dict[str, Any]:
@@ -65,10 +80,11 @@ class Machines:
 
     devices: Annotated[int, typer.Option(help="Processes on this machine, one per device.")] = 1
     nodes: Annotated[int, typer.Option(help="Machines; the same command is started on each.")] = 1
-    precision: Annotated[PrecisionName, typer.Option(help="32, or on a GPU bf16 or fp16 around the equilibrium.")] = (
-        PrecisionName.full
-    )
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep images so in memory.")] = False
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(metavar="PRECISION", help="32, or on a GPU bf16 or fp16 around the equilibrium."),
+    ] = PrecisionName.full
+    channels_last: Annotated[bool, flag("Keep images with their channels last in memory.", "--channels-last")] = False
 
     def fields(self) -> dict[str, Any]:
         """The fields of a training's configuration that these are."""
@@ -85,25 +101,27 @@ def train(
     out: Out,
     data: OnData = DataName.digits,
     network: Network,
-    start: Annotated[Path | None, option("A float network of equipoise to start from.", "--from")] = None,
+    start: Annotated[Path | None, option("A float model file to start from.", "--from")] = None,
     course: Course,
-    seed: Annotated[int, typer.Option(help="Of initial weights and the order of samples.")] = 0,
-    scheme: Annotated[
-        str | None, option("Train the codes of assembled, structured, compensated or cayley; default: floats.")
-    ] = None,
-    bits: Annotated[int | None, option("Of the recurrent weights: 1 to 16, or 32.")] = None,
+    scheme: Annotated[str | None, scheme_option(" Default: floats are trained.")] = None,
+    bits: Annotated[int | None, bits_of("the recurrent weights")] = None,
     rounding: Rounding,
+    learn_scale: LearnScale = False,
     aims: Aims,
     machines: Machines,
-    log_dir: Annotated[Path | None, option("For checkpoint, metrics and TensorBoard; default OUT with .run.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint there.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of samples.")] = 0,
+    log_dir: Annotated[
+        Path | None, option("Folder for checkpoint, metrics and TensorBoard; default OUT with the ending .run.")
+    ] = None,
+    resume: Annotated[bool, flag("Go on from the checkpoint in that folder.", "--resume")] = False,
     data_dir: DataDir = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
     """Train a network, as floats or through a quantizer, and save it with its certificate.
 
-    Ctrl-C, and even kill -9, keep the last whole epoch, for --resume.
+    With --scheme and --bits the codes themselves are trained: what is saved is bit for bit what was trained. After
+    Ctrl-C, even after kill -9, --resume goes on from the last whole epoch.
     """
     from .._atomic import check_output
     from ..data import load_data
@@ -113,7 +131,7 @@ def train(
     chosen = rounding.scheme(scheme, bits, aims.margin_target)
     further = {**aims.fields(network.model), **machines.fields(), "seed": seed}
     config = course.config(network, data, rounding.input_bits, **further)
-    job = Job(data, config, chosen, rounding.learn_scale, start=start, data_dir=data_dir, **network.fields())
+    job = Job(data, config, chosen, learn_scale, start=start, data_dir=data_dir, **network.fields())
     check_output(out, force)
     folder = log_dir or out.with_suffix(".run")
     if folder == out:

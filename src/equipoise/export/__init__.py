@@ -33,7 +33,7 @@ def export(
     uncertified: bool = False,
     force: bool = False,
 ) -> ShipCertificate:
-    """Write ``model`` as a program into the folder ``out``, with the proof of what its answers are worth.
+    """Write ``model`` as a program into the folder ``out``, with the proof of what its answers are worth (theory §10).
 
     Target ``"c"``: C99 that computes in integers only, from raw inputs to class scores: u ← C̃|u| + c for a Cayley
     network (mode ``"cayley"``), forward–backward steps on the codes of A and K for a structured one (``"factored"``).

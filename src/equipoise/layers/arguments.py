@@ -94,7 +94,7 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{name} is {given}; a floating-point tensor is needed")
+            raise InputError(f"{name} is {given}; a floating-point tensor is needed, as torch.as_tensor makes it")
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

@@ -185,7 +185,7 @@ def singular(alpha: float, margin: float) -> NotWellPosedError:
 def product_rounding(terms: int, like: Tensor) -> float:
     """ε with |fl(Σ aᵢbᵢ) − Σ aᵢbᵢ| <= ε Σ |aᵢ||bᵢ| for sums of ``terms`` products in the arithmetic of ``like``.
 
-    γ_k, and where torch may round float32 operands first (TF32 keeps 11 bits, bfloat16 keeps 8) that as well.
+    γ_k (theory §6), and where torch may round float32 operands first (TF32 keeps 11 bits, bfloat16 8) that as well.
     """
     unit = torch.finfo(like.dtype).eps / 2
     gamma = verified.gamma(terms) * (unit / verified.UNIT)

@@ -29,7 +29,8 @@ def check_cap(cap: float) -> float:
 
 
 class CappedKernel(nn.Module):
-    """V ↦ V · min(1, cap/σ), σ the norm of the convolution with V on a torus of ``torus`` pixels, circular.
+    """V ↦ V · min(1, cap/σ), σ the norm of the convolution with V on a torus of ``torus`` pixels, circular
+    (theory §9).
 
     Forward: ``(σ or None) -> K (o, i, k, k)``; without σ by one more step of the power iteration. State: ``weight``
     (V), ``vector (1, i, H, W)``, the iterate, kept so that a run that is continued takes the same steps.
