@@ -170,3 +170,30 @@ def test_kernels_of_one_entry(scheme: eq.Scheme) -> None:
     assert math.isfinite(small.margin())  # type: ignore[operator]
     assert eq.size(small) > 0
     assert copy.deepcopy(small)(torch.zeros(1, 1, 4, 4)).shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["one grid", "two grids"])
+def test_constants_and_rates_of_a_multiple_of_the_identity(kind: str) -> None:
+    """W = (1 − m) I: F = m I, and every factor is what its formula gives of the one eigenvalue."""
+    m, alpha = 0.75, 0.5
+    factors = {
+        eq.ForwardBackward: 1 - alpha * m,
+        eq.PeacemanRachford: (1 - alpha * m) / (1 + alpha * m),
+        eq.DouglasRachford: 1 / (1 + alpha * m),
+        eq.Picard: 1 - alpha + alpha * (1 - m),
+        eq.Tseng: math.sqrt(1 - (p := 1 - (alpha * m) ** 2) * (q := 2 * alpha * m) / (p + q)),
+    }
+    for solver, factor in factors.items():
+        layer = KINDS[kind](margin=m, solver=solver(alpha=alpha)).double()
+        with torch.no_grad():
+            for gains in (layer.recurrent.a, layer.recurrent.h, layer.recurrent.d):
+                for gain in gains:
+                    gain.zero_()
+        found = eq.certify(layer)
+        assert found.margin == pytest.approx(m, rel=1e-12)
+        assert found.lipschitz == pytest.approx(m, rel=1e-12)
+        assert found.weight_condition == pytest.approx((1 - m) / m, rel=1e-12)
+        # splittings of a convolution are proved by searching, which leaves 1e-6 of what is short of 1
+        assert found.rate == pytest.approx(factor, abs=1e-6)
+        assert found.rate is not None
+        assert found.rate >= factor

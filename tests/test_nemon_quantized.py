@@ -6,6 +6,7 @@ import copy
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +232,22 @@ def test_certified_rates_are_those_of_the_solver(solver: eq.Solver) -> None:
     beyond = layer(seed=4, solver=type(solver)(alpha=1.0))
     if isinstance(solver, (eq.Picard, eq.ForwardBackward)):
         assert eq.certify(beyond).rate is None
+
+
+def test_rates_in_rows_in_closed_form() -> None:
+    """W = (1 − m) I: every factor is what its formula gives of the one eigenvalue, within α* = 1/m and beyond."""
+    m, near, beyond = 1.6, 0.5, 1.0
+    factors: dict[Any, tuple[float, float | None]] = {
+        eq.Picard: (1 - near, None),
+        eq.ForwardBackward: (1 - near * m, None),
+        eq.PeacemanRachford: (0.2 / 1.8, 0.6 / 2.6),
+        eq.DouglasRachford: (1 / 1.8, 1.6 / 2.6),
+    }
+    for kind, known in factors.items():
+        for alpha, factor in zip((near, beyond), known, strict=True):
+            W = (1 - m) * torch.eye(3, dtype=torch.float64)
+            made = eq.NEMON.from_weights(W, torch.eye(3).double(), torch.zeros(3).double(), solver=kind(alpha=alpha))
+            assert eq.certify(made).rate == (None if factor is None else pytest.approx(factor, rel=1e-9))
 
 
 def test_nothing_is_promised_before_rounding_in_weights_that_are_uneven() -> None:

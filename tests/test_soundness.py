@@ -9,12 +9,14 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import pytest
+import torch
 
 from problems import CATALOGUE, exact_rows, true_margin
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import soundness
+from trials.campaign import SPECIAL
 from trials.equilibria import Exact, State, equilibria
 from trials.ledger import Ledger
 from trials.wide import LD, exact, largest, norms, rayleigh, solve
@@ -22,12 +24,26 @@ from trials.wide import LD, exact, largest, norms, rayleigh, solve
 pytestmark = pytest.mark.skipif(np.finfo(LD).nmant < 63, reason="long doubles are doubles here")
 
 TIGHT = {
-    "box", "closed rate peaceman_rachford", "condition l2", "condition linf", "conv margin", "delta norm l2",
+    "box", "closed rate douglas_rachford", "closed rate forward_backward", "closed rate peaceman_rachford",
+    "condition l2", "condition linf", "conv delta norm", "conv lipschitz", "conv margin", "delta norm l2",
     "displacement", "error bound Picard l2", "euclidean lipschitz", "input lipschitz linf", "lipschitz l2",
-    "lipschitz linf", "margin l2", "margin linf", "min eigenvalue", "rate PeacemanRachford l2", "row margins",
-    "spectral norm", "verified cayley margin", "weight condition l2",
+    "lipschitz linf", "margin l2", "margin linf", "min eigenvalue", "rate DouglasRachford l2",
+    "rate PeacemanRachford l2", "row margins", "spectral norm", "verified cayley margin", "weight condition l2",
 }  # fmt: skip
 """Bounds that truths come so near to, within few networks, that 1 % is seen."""
+
+FAMILIES = {
+    "tiers": (6, {
+        "tiers condition", "tiers delta norm", "tiers lipschitz", "tiers margin", "tiers measure",
+        "tiers weight condition",
+    }),
+    "multiscale": (3, {
+        "contraction", "contraction of training", "multiscale inexact", "multiscale margin", "multiscale rate",
+        "scaled rate",
+    }),
+    "exports": (12, {"export 32-bit sums", "export accumulator", "export contraction", "export margin"}),
+}  # fmt: skip
+"""The same of networks that :data:`trials.campaign.SPECIAL` makes: how many, and which bounds."""
 
 
 def test_no_bound_is_broken(
@@ -55,6 +71,17 @@ def test_bounds_one_percent_wrong_are_noticed(capsys: pytest.CaptureFixture[str]
     assert '"bound": "margin l2"' in printed
     assert found["claimed"].split("'")[1] in printed
     assert soundness.main(arguments) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore::equipoise.errors.ConvergenceWarning")
+def test_bounds_of_every_family_one_percent_wrong_are_noticed(family: str) -> None:
+    networks, bounds = FAMILIES[family]
+    ledger = Ledger({"": 0.99})
+    with torch.no_grad(), np.errstate(all="ignore"):
+        for index in range(networks):
+            SPECIAL[family][1](np.random.default_rng([9, index]), ledger)
+    assert not bounds - {found["bound"] for found in ledger.violations}
 
 
 def test_a_journal_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.errors import EquipoiseError
+from equipoise.mixed import Parts, scheme_of
 
 from .equilibria import activate
 from .wide import exact
@@ -188,8 +189,10 @@ def _scheme(rng: Rng, kinds: tuple[Any, ...]) -> Any:
     kind = kinds[rng.integers(len(kinds))]
     if kind is eq.Compensated:
         options |= {"margin": _log(rng, -3, 0), "diagonal_bits": int(rng.integers(6, 17))}
-    if kind is eq.Structured and rng.random() < 0.2 and eq.Cayley in kinds:
-        options["skew_bits"] = int(rng.integers(1, 17))
+    if kind is eq.Structured and rng.random() < 0.4 and eq.Cayley in kinds:  # every part with bits of its own
+        return scheme_of(
+            Parts(bits, int(rng.integers(1, 17)), options.get("input_bits"), options.get("bias_bits"), None)
+        )
     return kind(bits, **options)
 
 

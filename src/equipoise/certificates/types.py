@@ -50,9 +50,9 @@ class Certificate:
 
     With a reference and inputs: ``displacement (B,)`` >= ‖z* − z̃*‖₂ per input (T3, the smaller side), of the last
     equilibrium layer, what the layers before it moved included;
-    ``actual_displacement (B,)`` the distance of the computed equilibria, with ``actual_error (B,)`` bounding its own
-    error; ``agreement``: the share of inputs whose class is proved equal to the reference's, through one linear
-    head; ``unproved``: indices of the others.
+    ``actual_displacement (B,)`` the distance of the computed equilibria as the layer shows them (of several tiers the
+    last), with ``actual_error (B,)`` bounding its own error; ``agreement``: the share of inputs whose class is proved
+    equal to the reference's, through one linear head; ``unproved``: indices of the others.
 
     ``fingerprint``: of the network that all this is about (:func:`equipoise.certificates.fingerprint.fingerprint`);
     None in ``layers``.
