@@ -194,21 +194,40 @@ def _numbers(text: str) -> list[int]:
 
 
 def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="solve, train, images, certify, export, commands; all if none is named.", show_default=False
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="A checkpoint of mondeq-quant, benched beside a trained one.", show_default=False),
+        typer.Option(help="A checkpoint of mondeq-quant, whose solves are timed as well.", show_default=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller batches and layers, fewer rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="Also the tables of every part.")] = False,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the ratios to this page, or into its place for them.", show_default=False
+        ),
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> int:
-    """Time the solvers side by side with their peers, as ratios of one run."""
-    from ..bench.solve import run, tables
+    """Measure speed side by side with peers, and print all ratios of the run as one table."""
+    from ..bench.run import run, tables
+    from ..bench.tables import WIDE, check_page, ratios, write_page
     from ..report.terminal import rendered
 
-    result = run(checkpoint, data_dir, quick)
+    if markdown is not None:
+        check_page(markdown)
+    result = run(parts or (), checkpoint, data_dir, quick)
+    if markdown is not None:
+        write_page(markdown, result)
     if as_json:
         say_json(result)
     else:
-        say("\n".join(rendered(table) for table in tables(result)), end="")
+        shown = (*(tables(result) if details else ()), ratios(result))
+        say("\n".join(rendered(table, WIDE) for table in shown), end="")
     return 0
