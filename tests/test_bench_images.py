@@ -11,6 +11,9 @@ from rich.console import Console
 
 import equipoise as eq
 from equipoise.bench import images
+from equipoise.bench.measure import Tracker
+from equipoise.bench.network import Setting
+from equipoise.data import load_data
 
 TOY = images.Size("tiny", 6, 1, 1)
 
@@ -18,9 +21,9 @@ TOY = images.Size("tiny", 6, 1, 1)
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "QUICK", TOY)
         patch.delenv("EQUIPOISE_DATA", raising=False)
-        return images.run(None, quick=True, progress=lambda done, total, text: None)
+        setting = Setting(True, load_data("digits"))
+        return images.measure(setting, Tracker(lambda done, total, text: None), TOY)
 
 
 def test_both_splittings_reach_the_error_that_is_said(found: dict[str, Any]) -> None:
@@ -59,8 +62,18 @@ def test_multiscale_networks_are_counted(found: dict[str, Any]) -> None:
 def test_it_prints_and_is_json(found: dict[str, Any]) -> None:
     json.dumps(found, allow_nan=False)
     console = Console(record=True, width=100)
-    for part in images.table(found):
+    for part in images.tables(found):
         console.print(part)
     text = console.export_text()
     assert "peaceman-rachford" in text
     assert "lmdeq" in text
+
+
+def test_its_ratios_are_rows(found: dict[str, Any]) -> None:
+    rows = images.rows(found)
+    assert [row.ratio for row in rows[:2]] == [found["splittings"]["ratio"], 1.0]
+    ratios = found["multiscale"]["ratios"]
+    assert [row.ratio for row in rows[2:6]] == [
+        ratios[f"{unit}_{key}"] for key in ("step", "inference") for unit in ("evaluations", "time")
+    ]
+    assert (rows[-1].ratio, rows[-1].met) == (None, True)

@@ -82,6 +82,7 @@ BAD = [
     ("demo --out .", "--force"),
     ("demo --out no/demo", "does not exist"),
     ("bench --checkpoint absent", "absent"),
+    ("bench speed", "no part 'speed'"),
 ]
 
 

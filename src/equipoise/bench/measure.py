@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import os
 import platform
 import random
 import statistics
@@ -105,7 +107,9 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
     return {
+        "date": datetime.date.today().isoformat(),
         "processor": _processor(),
+        "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -125,18 +129,22 @@ def _processor() -> str:
 
 
 class Tracker:
-    """Counts the steps of a run that knows its total, and tells a :data:`Progress` what comes next."""
+    """Counts the steps of a part of a run, and tells a :data:`Progress` what comes next."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, -1
+    def __init__(self, progress: Progress, label: str = "", total: int = 1) -> None:
+        self.progress, self.label, self.total, self.done = progress, label, total, -1
+
+    def expect(self, total: int) -> None:
+        """So many steps are ahead."""
+        self.total = total
 
     def __call__(self, text: str) -> None:
         self.done = min(self.done + 1, self.total)
-        self.progress(self.done, self.total, text)
+        self.progress(self.done, self.total, f"{self.label}: {text}" if self.label else text)
 
     def finish(self) -> None:
         """All is done, what was left out included."""
-        self.progress(self.total, self.total, "done")
+        self.progress(self.total, self.total, f"{self.label}: done" if self.label else "done")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,20 @@ from ..errors import DataNotFoundError, InputError, MissingExtraError
 from ..importers import import_model
 from ..layers import MonDEQ
 
-__all__ = ["BATCH", "CLASSES", "FEATURES", "Network", "checkpoint_network", "images", "stepper", "trained_network"]
+__all__ = [
+    "BATCH",
+    "CLASSES",
+    "FEATURES",
+    "RANK",
+    "SIDE",
+    "Network",
+    "Setting",
+    "checkpoint_network",
+    "images",
+    "stepper",
+    "trained_network",
+    "warm_up",
+]
 
 SIDE = 28
 FEATURES, RANK, CLASSES = 100, 25, 10
@@ -47,6 +60,15 @@ class Network(NamedTuple):
             "condition": lipschitz / margin if margin > 0 else None,
             "accuracy": self.accuracy,
         }
+
+
+class Setting(NamedTuple):
+    """What a run is asked for: less of everything or not; 28 × 28 images; where data lie; a network of the user's."""
+
+    quick: bool
+    data: Data
+    data_dir: str | Path | None = None
+    given: Network | None = None
 
 
 def images(data_dir: str | Path | None) -> tuple[Data, list[str]]:
@@ -103,6 +125,13 @@ def trained_network(data: Data, steps: int, seed: int = 0, margin: float = 0.3, 
         torch.manual_seed(seed)
         layer = MonDEQ(data.features, FEATURES, rank=RANK, margin=margin, learn_margin=True, tol=1e-2)
         model = nn.Sequential(layer, nn.Linear(FEATURES, CLASSES))
+    warm_up(model, data, steps, seed, decay)
+    layer.tol = None
+    return _network("trained here", model.eval(), layer, data)
+
+
+def warm_up(model: nn.Module, data: Data, steps: int, seed: int = 0, decay: float = 0.0) -> None:
+    """``steps`` steps of training."""
     step, done, epoch = stepper(model, 3e-3, decay), 0, 0
     batches = Batches(data.train, BATCH, shuffle=True, seed=seed)
     while done < steps:
@@ -113,8 +142,6 @@ def trained_network(data: Data, steps: int, seed: int = 0, margin: float = 0.3, 
             if done == steps:
                 break
         epoch += 1
-    layer.tol = None
-    return _network("trained here", model.eval(), layer, data)
 
 
 def checkpoint_network(path: str | Path, data: Data) -> Network:

@@ -11,20 +11,54 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from torch import nn
 
-from ..certificates import certify
+from ..certificates import Certificate, certified_classes, certify
+from ..data import Data
 from ..errors import ConvergenceWarning
-from ..layers import MonDEQ
-from .measure import Tracker, median
+from ..layers import NEMON, MonDEQ
+from ..robust import PixelBall
+from .measure import Tracker, interleave, median
+from .network import CLASSES, FEATURES, Setting
+from .rows import DASH, Row, at_most_times, not_measured, time_text
 
-__all__ = ["JOBS", "figures", "scaling"]
+__all__ = ["FULL", "JOBS", "QUICK", "figures", "measure", "rows", "scaling", "tables"]
 
 JOBS = ("certify", "solve")
 IN_FEATURES, BATCH, TOL = 784, 128, 1e-4
+FULL, QUICK = (64, 256, 1024, 4096), (64, 256)
+PLAIN = 1024
+"""Features up to which the same constants are also computed without a proof."""
+
+LIMIT, MEMORY = 60.0, 2000.0
+"""Seconds and megabytes that n = 4,096 may take."""
+
+BALL, IMAGES, IMAGES_LIMIT = 0.1, 1000, 2.0
+"""ε and number of the images whose boxes are certified, and the seconds that may take."""
+
+
+def measure(setting: Setting, tell: Tracker, sizes: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """What proofs cost: certificates as the layer grows, and of images against every change of their pixels by ε."""
+    sizes = sizes or (QUICK if setting.quick else FULL)
+    tell.expect(len(JOBS) * len(sizes) + 1)
+    found = scaling(sizes, tell)
+    tell("boxes")
+    return {"sizes": found, "boxes": _boxes(setting.data)}
+
+
+def _boxes(data: Data) -> dict[str, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(NEMON(data.features, FEATURES), nn.Linear(FEATURES, CLASSES)).eval()
+    low, high = PixelBall(BALL, data.preprocessing).box(data.test.x[:IMAGES])
+    times = interleave({"boxes": lambda: certified_classes(model, low, high)}, 3)["boxes"]
+    return {"eps": BALL, "images": len(low), "seconds": median(times)}
 
 
 def scaling(sizes: tuple[int, ...], tell: Tracker) -> list[dict[str, Any]]:
@@ -59,10 +93,29 @@ def figures(job: str, n: int) -> dict[str, Any]:
 
 
 def _certify(layer: MonDEQ) -> dict[str, Any]:
-    begin = time.perf_counter()
-    certificate = certify(layer)
-    seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "certified": certificate.certified, "margin": certificate.margin}
+    """Every certificate is made from nothing; of small layers several, beside m and L as LAPACK computes them."""
+    small = layer.features <= PLAIN
+    made: list[Certificate] = []
+    tasks: dict[str, Callable[[], object]] = {"certify": lambda: made.append(certify(layer))}
+    if small:
+        tasks["compute"] = lambda: _compute(layer)
+        tasks["certify"]()  # libraries wake up
+    times = interleave(tasks, 5 if small else 1)
+    return {
+        "seconds": median(times["certify"]),
+        "computed_seconds": median(times["compute"]) if small else None,
+        "certified": made[-1].certified,
+        "margin": made[-1].margin,
+    }
+
+
+@torch.no_grad()
+def _compute(layer: MonDEQ) -> None:
+    """m and L in float64, not proved."""
+    W = layer.weight.double()
+    eye = torch.eye(len(W), dtype=W.dtype)
+    torch.linalg.eigvalsh(eye - (W + W.mT) / 2)
+    torch.linalg.matrix_norm(eye - W, 2)
 
 
 def _solve(layer: MonDEQ) -> dict[str, Any]:
@@ -101,6 +154,62 @@ def _peak() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return peak / 1024 if sys.platform == "darwin" else peak
+
+
+def rows(found: dict[str, Any]) -> list[Row]:
+    """The ratios: to the same constants without a proof, and to what the largest may take."""
+    listed = []
+    for row in found["sizes"]:
+        what, certify = f"certify(layer), n = {row['features']:,}", row["certify"]
+        if "failure" in certify:
+            listed.append(not_measured(what, certify["failure"]))
+            continue
+        seconds, computed = certify["seconds"], certify["computed_seconds"]
+        if computed is not None:
+            peer = "m and L alone by LAPACK, not proved"
+            listed.append(Row.timed(what, seconds, computed, peer, seconds / computed))
+        else:
+            listed.append(Row.timed(what, seconds, LIMIT, "limit", seconds / LIMIT, at_most_times(1)))
+            if (peak := certify["peak_megabytes"]) is not None:
+                ratio = peak / MEMORY
+                listed.append(
+                    Row.of(f"{what}, memory", f"{peak:,.0f} MB", f"{MEMORY:,.0f} MB limit", ratio, at_most_times(1))
+                )
+    boxes = found["boxes"]
+    what, ratio = f"boxes of {boxes['images']:,} images, ε = {boxes['eps']:g}, NEMON", boxes["seconds"] / IMAGES_LIMIT
+    listed.append(Row.timed(what, boxes["seconds"], IMAGES_LIMIT, "limit", ratio, at_most_times(1)))
+    return listed
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """All that was measured."""
+    return [_scaling(found["sizes"])]
+
+
+def _scaling(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="as the layer grows, each in a process of its own",
+        caption="solve: first time, with the search for the step; then again. Memory: peak, of it before the work",
+    )
+    for name in ("n", "certify", "memory", "solve", "memory"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        certify, solve = row["certify"], row["solve"]
+        both = DASH if "failure" in solve else f"{time_text(solve['first_seconds'])}; {time_text(solve['seconds'])}"
+        table.add_row(
+            f"{row['features']:,}",
+            certify.get("failure") or time_text(certify["seconds"]),
+            _memory(certify),
+            solve.get("failure") or both,
+            _memory(solve),
+        )
+    return table
+
+
+def _memory(job: dict[str, Any]) -> str:
+    if "failure" in job or job["peak_megabytes"] is None:
+        return DASH
+    return f"{job['peak_megabytes']:,.0f} MB, {job['baseline_megabytes']:,.0f}"
 
 
 if __name__ == "__main__":

@@ -1,115 +1,57 @@
-"""The benchmark as a whole: ``equipoise bench``. Every figure in one run, against peers in the same run."""
+"""Solvers side by side, against torchdeq, against plain PyTorch, and against the machine's own product."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from ..errors import MissingExtraError
 from ..solvers import SOLVERS
 from .contenders import OURS, REFERENCE, Contender, library, plain
-from .measure import Progress, Tracker, bar, machine
-from .network import Network, checkpoint_network, images, trained_network
-from .peers import peers
+from .measure import Tracker
+from .network import Network, Setting, trained_network
+from .peers import FAMILY, peers
 from .race import GOAL, race, work_for
-from .scale import JOBS, scaling
+from .rows import DASH, Row, Target, at_least_times, not_measured, number, ratio_text, time_text
 from .sgemm import share_of_sgemm
-from .step import NO_LIGHTNING, training_step
-from .tables import tables
 
-__all__ = ["FULL", "QUICK", "Sizes", "measure", "run", "tables"]
+__all__ = ["FULL", "QUICK", "Sizes", "measure", "rows", "tables"]
 
 BESIDES = 6
 """Parts of a race besides our solvers: ``layer(x)``, plain PyTorch, torchdeq's three, and the rounds."""
 
+LARGE, PROMPT, SHARE = 10_000, 0.5e-3, 0.6
+"""The batch that targets are of, seconds of one sample that are few enough, and the share of the sgemm rate wanted."""
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """How large everything is; ``batches``: (samples in a solve, different solves in a measurement)."""
 
-    ``batches``: (samples in a solve, different solves in a measurement). ``block_steps``: training steps in a row,
-    ``block_rounds`` of them. ``probes``: batches that gradients are compared on.
-    """
-
-    batches: tuple[tuple[int, int], ...] = ((1, 16), (256, 4), (10_000, 1))
+    batches: tuple[tuple[int, int], ...] = ((1, 16), (256, 4), (LARGE, 1))
     rounds: int = 9
     sgemm: int = 2048
     warm_up_steps: int = 400
-    block_steps: int = 100
-    block_rounds: int = 7
-    probes: int = 32
-    features: tuple[int, ...] = (64, 256, 1024, 4096)
 
 
 FULL = Sizes()
-QUICK = Sizes(
-    batches=((1, 8), (256, 1), (1000, 1)),
-    rounds=5,
-    warm_up_steps=100,
-    block_steps=50,
-    block_rounds=3,
-    features=(64, 256),
-)
+QUICK = Sizes(batches=((1, 8), (256, 1), (1000, 1)), rounds=5, warm_up_steps=100)
 
 
-def run(
-    checkpoint: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    quick: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure everything; the result is plain values, as JSON has them, and :func:`tables` draws it.
-
-    Args:
-        checkpoint: a checkpoint of mondeq-quant for 784 features, benched beside the network trained here.
-        data_dir: a folder with MNIST (else the one that ``EQUIPOISE_DATA`` names, else enlarged digits).
-        quick: smaller batches and layers, fewer rounds.
-        progress: told how far it is; default a bar on stderr, which redraws only between measurements.
-
-    Without torchdeq or Lightning everything else is measured, and ``notes`` says what is missing.
-
-    Raises:
-        DataNotFoundError, FileFormatError: the named files are not there, or something else.
-        InputError: the checkpoint takes another number of features.
-    """
-    with contextlib.nullcontext(progress) if progress is not None else bar() as tell:
-        return measure(QUICK if quick else FULL, checkpoint, data_dir, tell)
-
-
-def measure(
-    sizes: Sizes, checkpoint: str | Path | None, data_dir: str | Path | None, progress: Progress
-) -> dict[str, Any]:
-    """:func:`run` at given sizes."""
-    each = len(sizes.batches) * (len(SOLVERS) + BESIDES) + 1
-    tell = Tracker(progress, 4 + each * (1 if checkpoint is None else 2) + len(JOBS) * len(sizes.features))
-    tell("data")
-    data, notes = images(data_dir)
+def measure(setting: Setting, tell: Tracker, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Every network's races; plain values, as JSON has them. Without torchdeq ``notes`` says so."""
+    sizes = sizes or (QUICK if setting.quick else FULL)
+    tell.expect((len(sizes.batches) * (len(SOLVERS) + BESIDES) + 1) * (1 if setting.given is None else 2) + 1)
     tell("a network to measure on")
-    given = [] if checkpoint is None else [checkpoint_network(checkpoint, data)]  # first, since it may be refused
-    networks = [trained_network(data, sizes.warm_up_steps), *given]
-    measured = []
-    for network in networks:
+    trained = trained_network(setting.data, sizes.warm_up_steps)
+    notes, measured = [], []
+    for network in (trained,) if setting.given is None else (trained, setting.given):
         contenders, missing = _contenders(network)
         notes += [missing] if missing and missing not in notes else []
         measured.append(_network(network, contenders, sizes, tell))
-    training = training_step(networks[0], data, sizes.block_steps, sizes.block_rounds, sizes.probes, tell)
-    notes += [f"no figures of Lightning: {NO_LIGHTNING}"] if NO_LIGHTNING else []
-    rows = scaling(sizes.features, tell)
-    tell.finish()
-    return {
-        "equipoise": version("equipoise"),
-        "machine": machine(),
-        "data": data.name,
-        "goal": GOAL,
-        "reference": REFERENCE,
-        "networks": measured,
-        "training": training,
-        "scaling": rows,
-        "notes": notes,
-    }
+    return {"goal": GOAL, "reference": REFERENCE, "networks": measured, "notes": notes}
 
 
 def _contenders(network: Network) -> tuple[list[Contender], str | None]:
@@ -134,3 +76,89 @@ def _network(network: Network, contenders: list[Contender], sizes: Sizes, tell: 
     if row["reached"]:
         share = share_of_sgemm(network.layer, work, row["setting"], sizes.sgemm, sizes.rounds)
     return {**network.to_dict(), "races": races, "sgemm": share}
+
+
+def rows(found: dict[str, Any]) -> list[Row]:
+    """The ratios: of the fastest solver that reaches the accuracy on either side."""
+    return [row for network in found["networks"] for row in _ratios(network, found["notes"])]
+
+
+def _ratios(network: dict[str, Any], notes: list[str]) -> list[Row]:
+    listed = []
+    for held in network["races"]:
+        what, batch = f"solve, {network['name']}, batch {held['batch']:,}", held["batch"]
+        seconds = {(row["family"], row["name"]): row["seconds"] for row in held["contenders"]}
+        ours = seconds[OURS, REFERENCE]
+        if ours is None:
+            listed.append(not_measured(what, f"{REFERENCE} did not reach the accuracy"))
+            continue
+        if held["fastest_peer"] is None:
+            listed.append(not_measured(what, notes[0] if notes else "no solver of torchdeq reached the accuracy"))
+        else:
+            peer = f"torchdeq, {held['fastest_peer']}"
+            target = {1: _soon(ours), LARGE: at_least_times(10)}.get(batch)
+            listed.append(Row.timed(what, ours, seconds[FAMILY, held["fastest_peer"]], peer, target=target))
+        if held["speedup_plain"] is not None:
+            theirs = ours * held["speedup_plain"]
+            target = at_least_times(1) if batch == LARGE else None
+            listed.append(Row.timed(what, ours, theirs, "plain PyTorch, told its steps", target=target))
+    if (share := network["sgemm"]) is not None:
+        what = f"rate of its products, {network['name']}, batch {share['batch']:,}"
+        rates = (f"{number(share[f'{key}_gflops'])} GFLOP/s" for key in ("solve", "sgemm"))
+        wanted = Target(f"≥ {SHARE:g}×", lambda ratio: ratio >= SHARE) if share["batch"] == LARGE else None
+        listed.append(Row.of(what, next(rates), f"{next(rates)} sgemm {share['size']:,}³", share["share"], wanted))
+    return listed
+
+
+def _soon(seconds: float) -> Target:
+    return Target("≥ 5×, or < 0.5 ms", lambda ratio: ratio >= 5 or seconds < PROMPT)
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """All that was measured, in reading order."""
+    networks = found["networks"]
+    return [*(_races(network, found) for network in networks), _shares(networks)]
+
+
+def _races(network: dict[str, Any], result: dict[str, Any]) -> Table:
+    condition = number(network["condition"])
+    table = Table(
+        title=f"{network['name']}: n = {network['features']}, κ = {condition}",
+        caption=f"a solve to a worst relative error of {result['goal']:g}, and its ratio to {result['reference']}'s",
+    )
+    table.add_column("solver")
+    for held in network["races"]:
+        table.add_column(f"batch {held['batch']:,}", justify="right")
+    for column in zip(*(held["contenders"] for held in network["races"]), strict=True):
+        name, family = column[0]["name"], column[0]["family"]
+        label = name if family == "equipoise" else f"{family}: {name}"
+        table.add_row(label, *(_race_cell(row) for row in column))
+    table.add_section()
+    table.add_row("the injection alone", *(time_text(held["injection_seconds"]) for held in network["races"]))
+    return table
+
+
+def _race_cell(row: dict[str, Any]) -> str:
+    if not row["reached"]:
+        error = row["worst_error"]
+        return f"not reached ({'diverged' if error is None else f'{error:.1e}'})"
+    return f"{time_text(row['seconds'])}  {ratio_text(row['ratio'])}"
+
+
+def _shares(networks: list[dict[str, Any]]) -> Table:
+    table = Table(title="PeacemanRachford against the others, and against the machine")
+    table.add_column("network")
+    for held in networks[0]["races"]:
+        table.add_column(f"torchdeq's best / ours, batch {held['batch']:,}", justify="right")
+    last = networks[0]["races"][-1]["batch"]
+    table.add_column(f"plain PyTorch / ours, batch {last:,}", justify="right")
+    table.add_column(f"share of the sgemm rate, batch {last:,}", justify="right")
+    for network in networks:
+        races, sgemm = network["races"], network["sgemm"]
+        table.add_row(
+            network["name"],
+            *(ratio_text(held["speedup"]) for held in races),
+            ratio_text(races[-1]["speedup_plain"]),
+            DASH if sgemm is None else f"{100 * sgemm['share']:.0f} % of {sgemm['sgemm_gflops']:.0f} GFLOP/s",
+        )
+    return table

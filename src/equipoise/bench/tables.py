@@ -1,145 +1,93 @@
-"""The result of a run, drawn as tables for a terminal."""
+"""The ratios of a run as one table: on a terminal, and in Markdown with the machine named."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["tables"]
+from .._atomic import replacing
+from ..errors import FileFormatError
+from .rows import DASH, ratio_text
 
-DASH = "–"
+__all__ = ["WIDE", "check_page", "markdown", "ratios", "write_page"]
 
+HEADINGS = ("what", "ours", "peer or limit", "ratio", "target", "met")
+WIDE = 150
+"""Columns of the table where nobody is looking."""
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Tables of what :func:`equipoise.bench.solve.run` returned, in reading order."""
-    networks = result["networks"]
-    return [
-        *(_races(network, result) for network in networks),
-        _shares(networks),
-        _training(result["training"]),
-        _scaling(result["scaling"]),
-        _conditions(result),
-    ]
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+"""What stands between these lines of a page is replaced."""
 
 
-def _races(network: dict[str, Any], result: dict[str, Any]) -> Table:
-    condition = _number(network["condition"])
-    table = Table(
-        title=f"{network['name']}: n = {network['features']}, κ = {condition}",
-        caption=f"a solve to a worst relative error of {result['goal']:g}, and its ratio to {result['reference']}'s",
-    )
-    table.add_column("solver")
-    for race in network["races"]:
-        table.add_column(f"batch {race['batch']:,}", justify="right")
-    for column in zip(*(race["contenders"] for race in network["races"]), strict=True):
-        name, family = column[0]["name"], column[0]["family"]
-        label = name if family == "equipoise" else f"{family}: {name}"
-        table.add_row(label, *(_race_cell(row) for row in column))
-    table.add_section()
-    table.add_row("the injection alone", *(_time(race["injection_seconds"]) for race in network["races"]))
+def ratios(result: dict[str, Any]) -> Table:
+    """One row a figure, a section a part."""
+    table = Table(title="ratios of one run", caption=_conditions(result), caption_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading == "ratio" else "left")
+    for rows in result["rows"].values():
+        for row in rows:
+            table.add_row(*_cells(row))
+        table.add_section()
     return table
 
 
-def _race_cell(row: dict[str, Any]) -> str:
-    if not row["reached"]:
-        error = row["worst_error"]
-        return f"not reached ({'diverged' if error is None else f'{error:.1e}'})"
-    return f"{_time(row['seconds'])}  {_ratio(row['ratio'])}"
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["why"] is not None:
+        return row["what"], DASH, f"not measured: {row['why']}", DASH, "", ""
+    met = {None: "", True: "yes", False: "no"}[row["met"]]
+    return row["what"], row["ours"], row["peer"], ratio_text(row["ratio"]), row["target"], met
 
 
-def _shares(networks: list[dict[str, Any]]) -> Table:
-    table = Table(title="PeacemanRachford against the others, and against the machine")
-    table.add_column("network")
-    for race in networks[0]["races"]:
-        table.add_column(f"torchdeq's best / ours, batch {race['batch']:,}", justify="right")
-    last = networks[0]["races"][-1]["batch"]
-    table.add_column(f"plain PyTorch / ours, batch {last:,}", justify="right")
-    table.add_column(f"share of the sgemm rate, batch {last:,}", justify="right")
-    for network in networks:
-        races, sgemm = network["races"], network["sgemm"]
-        table.add_row(
-            network["name"],
-            *(_ratio(race["speedup"]) for race in races),
-            _ratio(races[-1]["speedup_plain"]),
-            DASH if sgemm is None else f"{100 * sgemm['share']:.0f} % of {sgemm['sgemm_gflops']:.0f} GFLOP/s",
-        )
-    return table
-
-
-def _training(step: dict[str, Any]) -> Table:
-    table = Table(title=f"training step of 784–100–10, batch {step['batch']}, forward, backward and fused Adam")
-    table.add_column("what")
-    table.add_column("figure", justify="right")
-    reached = "" if step["gradient_reached"] else "  not reached"
-    tolerances = f"tol {step['tol']:g}, backward_tol {step['backward_tol']:g}"
-    others = f"{step['gradient_error_worst']:.1e}; {step['gradient_error_together']:.1e}"
-    rows = [
-        ("monDEQ", _time(step["mondeq_seconds"])),
-        ("explicit network", _time(step["explicit_seconds"])),
-        ("monDEQ / explicit", _ratio(step["ratio"])),
-        (f"gradient error (goal 1e-2) at {tolerances}", f"{step['gradient_error']:.1e}{reached}"),
-        ("of the worst batch; of all together", others),
-        ("the monDEQ's step in training.fit", _time(step["fit_seconds"])),
-        ("of which Lightning, schedule and loader", _time(step["overhead_seconds"])),
-        ("of which the loader, alone", _time(step["loader_seconds"])),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _scaling(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="as the layer grows, each in a process of its own",
-        caption="solve: first time, with the search for the step; then again. Memory: peak, of it before the work",
-    )
-    for name in ("n", "certify", "memory", "solve", "memory"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        certify, solve = row["certify"], row["solve"]
-        both = DASH if "failure" in solve else f"{_time(solve['first_seconds'])}; {_time(solve['seconds'])}"
-        table.add_row(
-            f"{row['features']:,}",
-            certify.get("failure") or _time(certify["seconds"]),
-            _memory(certify),
-            solve.get("failure") or both,
-            _memory(solve),
-        )
-    return table
-
-
-def _conditions(result: dict[str, Any]) -> Table:
+def _conditions(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    table = Table(title="measured on", show_header=False)
-    table.add_row("machine", f"{machine['processor']}, {machine['threads']} threads, float32 on the CPU")
-    table.add_row("software", f"equipoise {result['equipoise']}, torch {machine['torch']}, {machine['system']}")
-    table.add_row("inputs", result["data"])
-    for note in result["notes"]:
-        table.add_row("note", note)
-    return table
+    lines = [
+        f"{machine['date']}: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; float32"
+        f" on the CPU unless said otherwise. equipoise {result['equipoise']}, torch {machine['torch']}, Python"
+        f" {machine['python']}, {machine['system']}. Inputs: {result['data']}."
+    ]
+    lines += ["--quick: less of everything, so some ratios are of smaller batches."] if result["quick"] else []
+    return "\n".join((*lines, *result["notes"]))
 
 
-def _memory(job: dict[str, Any]) -> str:
-    if "failure" in job or job["peak_megabytes"] is None:
-        return DASH
-    return f"{job['peak_megabytes']:,.0f} MB, {job['baseline_megabytes']:,.0f}"
+def markdown(result: dict[str, Any]) -> str:
+    """The table with what it was measured on above it."""
+    lines = [_conditions(result).replace("\n", "\n\n"), "", _line(HEADINGS), "|---|---|---|--:|---|---|"]
+    lines += [_line(_cells(row)) for rows in result["rows"].values() for row in rows]
+    return "\n".join(lines)
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return DASH
-    if abs(seconds) < 1e-3:
-        return f"{_number(seconds * 1e6)} µs"
-    return f"{_number(seconds * 1e3)} ms" if abs(seconds) < 1 else f"{_number(seconds)} s"
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _ratio(value: float | None) -> str:
-    return DASH if value is None else f"{_number(value)}×"
+def check_page(path: Path) -> str:
+    """The text around the figures of the page at ``path``, so that one knows before the work whether it can be written.
+
+    Raises:
+        FileFormatError: a file without a place for them.
+    """
+    if not path.exists():
+        return f"{BEGIN}\n{END}\n"
+    try:
+        page = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"cannot read {path}: {error}") from error
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise FileFormatError(f"{path} has no lines {BEGIN} and {END} between which figures belong; name a new file")
+    return page
 
 
-def _number(value: float | None) -> str:
-    """Three digits."""
-    if value is None:
-        return DASH
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
+def write_page(path: Path, result: dict[str, Any]) -> None:
+    """Write the figures to a new file, or into the place for them in the one that is there.
+
+    Raises:
+        FileFormatError: a file without a place for them.
+        OutputError: it cannot be written.
+    """
+    between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    page = between.sub(lambda _: f"{BEGIN}\n{markdown(result)}\n{END}", check_page(path))
+    with replacing(path, force=True) as file:
+        file.write(page.encode())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +13,26 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..data import Data
-from ..layers import MonConv2d, MonDEQ
+from ..data import Batches, Data, Split
+from ..errors import MissingExtraError
+from ..layers import NEMON, MonConv2d, MonDEQ
+from ..layers.equilibrium import EquilibriumLayer
 from ..qat import prepare_qat
 from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
 from ..solvers import PeacemanRachford
-from .measure import Progress, Tracker, bar, interleave, machine, median, spread
-from .network import BATCH, CLASSES, FEATURES, images, stepper, trained_network
-from .step import ACCURACY, Batch, coarsest, gradient_error, whole_batches
+from .measure import Tracker, interleave, median, spread
+from .network import BATCH, CLASSES, FEATURES, Setting, stepper, trained_network, warm_up
+from .rows import Row, Target, at_most_times, bytes_text, not_measured
+from .step import ACCURACY, Batch, GradientError, coarsest, gradient_error, whole_batches
 
-__all__ = ["run", "saved_bytes", "table"]
+try:
+    from ..training import TrainingConfig, fit
+except MissingExtraError as error:  # then this part of the figures is left out, and says so
+    NO_LIGHTNING: str | None = str(error)
+else:
+    NO_LIGHTNING = None
+
+__all__ = ["FULL", "QUICK", "Sizes", "measure", "memory_row", "rows", "saved_bytes", "tables"]
 
 MARGIN, DECAY = 1.0, 0.3
 """What the margin starts from, and the weight decay, as in ``equipoise train``."""
@@ -56,74 +64,149 @@ class Sizes(NamedTuple):
 FULL, QUICK = Sizes(1500, 120, 9, 12), Sizes(200, 20, 3, 4)
 
 
-def run(data_dir: str | Path | None = None, quick: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure; plain values, as JSON has them. ``data_dir`` as in :func:`equipoise.bench.solve.run`.
+def measure(setting: Setting, tell: Tracker, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Seconds a step of every network; plain values, as JSON has them.
 
     Every network trains in a plain loop with fused Adam over tensors cut into batches of 128 beforehand, a block of
-    steps of each in turn; a ratio is the median over the rounds. The monDEQ's tolerances are the coarsest that keep
-    the typical batch's gradient within 1e-2 of the exact one; it is looked at again after every block.
+    steps of each in turn; a ratio is the median over the rounds. The tolerances of an equilibrium are the coarsest that
+    keep the typical batch's gradient within 1e-2 of the exact one; it is looked at again after every block. ``fit`` is
+    the monDEQ in :func:`equipoise.training.fit`; without Lightning ``notes`` says why it is missing.
     """
-    with contextlib.nullcontext(progress) if progress is not None else bar() as tell:
-        return measure(QUICK if quick else FULL, data_dir, tell)
-
-
-def measure(sizes: Sizes, data_dir: str | Path | None, progress: Progress) -> dict[str, Any]:
-    """:func:`run` at given sizes."""
-    tell = Tracker(progress, 4 + sizes.rounds)
-    tell("data")
-    data, notes = images(data_dir)
-    tell("a network to measure on")
-    network = trained_network(data, sizes.warm_up, margin=MARGIN, decay=DECAY)
-    model = copy.deepcopy(network.model).train()
-    layer = model[0]
-    assert isinstance(layer, MonDEQ)
+    sizes, data = sizes or (QUICK if setting.quick else FULL), setting.data
+    tell.expect(5 + sizes.rounds)
+    tell("networks to measure on")
+    models = _equilibria(data, sizes.warm_up)
     batches = whole_batches(data.train)
     probed = list(islice(batches, sizes.probes))
-    tell("tolerance")
-    tol, backward_tol = coarsest(model, layer, probed)
-    walks: dict[str, nn.Module] = {"explicit": _explicit(data), "monDEQ": model}
-    walks |= {name: prepare_qat(model, scheme) for name, scheme in SCHEMES.items()}
+    tell("tolerances")
+    tolerances = {name: coarsest(model, _layer(model), probed) for name, model in models.items()}
+    float_model = models["monDEQ"]
+    walks: dict[str, nn.Module] = {"explicit": _explicit(data), **models}
+    walks |= {name: prepare_qat(float_model, scheme) for name, scheme in SCHEMES.items()}
     steps = {name: stepper(walk, STANDING) for name, walk in walks.items()}
-    times: dict[str, list[float]] = {name: [] for name in walks}
-    errors = []
+    times: dict[str, list[float]] = {name: [] for name in (*walks, "fit", "loader")}
+    errors: dict[str, list[GradientError]] = {name: [] for name in models}
     for turn in range(sizes.rounds + 1):
         tell("side by side")
         given = list(islice(batches, sizes.steps))
-        taken = interleave({name: _block(step, given) for name, step in steps.items()}, 1)
-        errors.append(gradient_error(model, probed))
+        taken = interleave(_blocks(steps, given), 1)
+        for name, model in models.items():
+            errors[name].append(gradient_error(model, probed))
         if turn:  # the first round is a rehearsal
             for name, (seconds, *_) in taken.items():
                 times[name].append(seconds / sizes.steps)
+            if NO_LIGHTNING is None:
+                times["fit"].append(_fitted(float_model, data, given))
     tell("memory")
-    memory = {str(count): saved_bytes(model, probed[0], count) for count in LOOKED_AT}
-    tell.finish()
+    memory = {str(count): saved_bytes(float_model, probed[0], count) for count in LOOKED_AT}
     return {
-        "equipoise": version("equipoise"),
-        "machine": machine(),
         "data": data.name,
         "batch": BATCH,
         "steps_per_epoch": -(-len(data.train) // BATCH),
         "steps_timed": sizes.steps * sizes.rounds,
-        "tol": tol,
-        "backward_tol": backward_tol,
-        "gradient_error": max(error.median for error in errors),
-        "gradient_error_worst": max(error.worst for error in errors),
-        "gradient_reached": max(error.median for error in errors) <= ACCURACY,
-        "solver_steps": _solver_steps(layer),
-        "margin": float(layer.operator.margin()),
-        "networks": [_row(name, times) for name in times],
+        "gradients": {name: _gradients(models[name], tolerances[name], errors[name]) for name in models},
+        "networks": [_row(name, times) for name, taken in times.items() if taken],
         "saved_bytes": memory,
-        "notes": notes,
+        "notes": [] if NO_LIGHTNING is None else [f"no figures of Lightning: {NO_LIGHTNING}"],
     }
 
 
-def table(found: dict[str, Any]) -> list[Table]:
-    """What :func:`run` found, for a terminal."""
-    forward, backward = found["solver_steps"]
-    title = (
-        f"Training on {found['data']}, batch {found['batch']}, {found['machine']['threads']} threads; gradients within"
-        f" {found['gradient_error']:.1e}, {forward} solver steps forward and {backward} back"
-    )
+def _equilibria(data: Data, steps: int) -> dict[str, nn.Sequential]:
+    """A monDEQ and a NEMON 784–100–10 after a moment of training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nemon = nn.Sequential(NEMON(data.features, FEATURES, tol=1e-2), nn.Linear(FEATURES, CLASSES))
+    warm_up(nemon, data, steps)
+    return {"monDEQ": trained_network(data, steps, margin=MARGIN, decay=DECAY).model.train(), "NEMON": nemon}
+
+
+def _layer(model: nn.Sequential) -> EquilibriumLayer:
+    layer = model[0]
+    assert isinstance(layer, EquilibriumLayer)
+    return layer
+
+
+def _gradients(model: nn.Sequential, tolerances: tuple[float, float], errors: list[GradientError]) -> dict[str, Any]:
+    """How good they were, at which tolerances and steps of the solver."""
+    worst = GradientError(*(max(column) for column in zip(*errors, strict=True)))
+    forward, backward = _solver_steps(_layer(model))
+    return {
+        "tol": tolerances[0],
+        "backward_tol": tolerances[1],
+        "error": worst.median,
+        "error_worst": worst.worst,
+        "error_together": worst.together,
+        "reached": worst.median <= ACCURACY,
+        "solver_steps": [forward, backward],
+        "margin": float(_layer(model).operator.margin()),
+    }
+
+
+def _blocks(steps: dict[str, Callable[[Tensor, Tensor], None]], given: list[Batch]) -> dict[str, Callable[[], object]]:
+    """Each network's steps over the batches, and serving them shuffled without any."""
+
+    def block(step: Callable[[Tensor, Tensor], None]) -> Callable[[], object]:
+        def steps() -> None:
+            for x, y in given:
+                step(x, y)
+
+        return steps
+
+    loader = Batches(_joined(given), BATCH, shuffle=True)
+    return {name: block(step) for name, step in steps.items()} | {"loader": lambda: [None for _ in loader]}
+
+
+def _joined(batches: list[Batch]) -> Split:
+    return Split(*(torch.cat(column) for column in zip(*batches, strict=True)))
+
+
+def _fitted(model: nn.Sequential, data: Data, batches: list[Batch]) -> float:
+    """Seconds a step of :func:`equipoise.training.fit` on the same batches: its second epoch, of a copy."""
+    few = Split(data.validation.x[:BATCH], data.validation.y[:BATCH])
+    small = dataclasses.replace(data, train=_joined(batches), validation=few, test=few)
+    config = TrainingConfig(epochs=2, batch_size=BATCH, learning_rate=STANDING, accelerator="cpu")
+    result = fit(copy.deepcopy(model), small, config, progress=False)
+    if result.interrupted:  # by a Ctrl-C that was meant for the whole benchmark
+        raise KeyboardInterrupt
+    return float(result.history[-1]["seconds"]) / len(batches)
+
+
+def rows(found: dict[str, Any]) -> list[Row]:
+    """The ratios of the steps' times, and of what a step keeps."""
+    networks = {row["name"]: row for row in found["networks"]}
+    explicit, floats = networks["explicit"]["seconds"], networks["monDEQ"]["seconds"]
+    listed = []
+    for name, target in (
+        ("monDEQ", Target("≤ 3.5×, wished 2.5×", lambda ratio: ratio <= 3.5)),
+        ("NEMON", at_most_times(4)),
+    ):
+        row, good = networks[name], found["gradients"][name]
+        what = f"training step, {name} 784–100–10, gradients to {good['error']:.1e}"
+        listed.append(Row.timed(what, row["seconds"], explicit, "explicit 784–100–10", row["to_explicit"], target))
+    for name in SCHEMES:
+        what = f"training step through {name}"
+        row = networks[name]
+        listed.append(Row.timed(what, row["seconds"], floats, "float monDEQ", row["to_float"], at_most_times(1.3)))
+    what = "the monDEQ's step in training.fit"
+    if "fit" in networks:
+        listed.append(
+            Row.timed(what, networks["fit"]["seconds"], floats, "in a plain loop", networks["fit"]["to_float"])
+        )
+    else:
+        listed.append(not_measured(what, found["notes"][0]))
+    return [*listed, memory_row("a training step keeps, monDEQ", found["saved_bytes"])]
+
+
+def memory_row(what: str, saved: dict[str, int]) -> Row:
+    """That what a step keeps does not grow with the steps of the solver."""
+    (few, less), (many, more) = saved.items()
+    target = Target("= 1×", lambda ratio: ratio == 1)
+    return Row.of(f"{what}, {many} solver steps", bytes_text(more), f"{bytes_text(less)} at {few}", more / less, target)
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """All that was measured."""
+    title = f"Training on {found['data']}, batch {found['batch']}"
     times = Table(title=title, title_justify="left")
     for column in ("network", "ms a step", "s an epoch", "× explicit", "× monDEQ", "spread"):
         times.add_column(column, justify="left" if column == "network" else "right")
@@ -137,12 +220,22 @@ def table(found: dict[str, Any]) -> list[Table]:
             f"{row['to_float']:.2f}",
             f"{row['spread']:.2f}",
         )
+    gradients = Table(title="Gradients at these tolerances", title_justify="left")
+    for column in ("network", "tol", "backward_tol", "error", "worst batch", "together", "solver steps"):
+        gradients.add_column(column, justify="left" if column == "network" else "right")
+    for name, good in found["gradients"].items():
+        reached = "" if good["reached"] else ", not reached"
+        errors = (f"{good[key]:.1e}" for key in ("error_worst", "error_together"))
+        counts = " and ".join(map(str, good["solver_steps"]))
+        gradients.add_row(
+            name, f"{good['tol']:g}", f"{good['backward_tol']:g}", f"{good['error']:.1e}{reached}", *errors, counts
+        )
     memory = Table(title="What a training step keeps for its backward pass", title_justify="left")
     memory.add_column("solver steps", justify="right")
     memory.add_column("bytes", justify="right")
     for count, size in found["saved_bytes"].items():
         memory.add_row(count, f"{size:,}")
-    return [times, memory]
+    return [times, gradients, memory]
 
 
 def saved_bytes(model: nn.Sequential, batch: Batch, steps: int) -> int:
@@ -171,15 +264,7 @@ def _explicit(data: Data) -> nn.Sequential:
         return nn.Sequential(nn.Linear(data.features, FEATURES), nn.ReLU(), nn.Linear(FEATURES, CLASSES))
 
 
-def _block(step: Callable[[Tensor, Tensor], None], batches: list[Batch]) -> Callable[[], object]:
-    def block() -> None:
-        for x, y in batches:
-            step(x, y)
-
-    return block
-
-
-def _solver_steps(layer: MonDEQ) -> tuple[int | None, int | None]:
+def _solver_steps(layer: EquilibriumLayer) -> tuple[int | None, int | None]:
     """Where the last solves of training ended, forward and backward."""
     memory = layer.training_memory
     return (None, None) if memory is None else (memory.forward.first, memory.backward.first)

@@ -179,21 +179,38 @@ def _write(ladder: Ladder, out: Path | None, report: Path | None, save: Path | N
 
 
 def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="solve, train, images, certify, export, commands; all if none is named.", show_default=False
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
-        option("A checkpoint of mondeq-quant to bench beside a network that is trained here."),
+        option("A checkpoint of mondeq-quant, whose solves are timed as well."),
     ] = None,
-    quick: Annotated[bool, flag("Smaller batches and layers, fewer rounds: a minute or two.", "--quick")] = False,
+    quick: Annotated[bool, flag("Less of everything.", "--quick")] = False,
+    details: Annotated[bool, flag("Also the tables of every part.", "--details")] = False,
+    markdown: Annotated[
+        Path | None,
+        option("Also write the ratios to this page, or into its place for them.", metavar="FILE"),
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> int:
-    """Time the solvers side by side with their peers, as ratios of one run."""
-    from ..bench.solve import run, tables
+    """Measure speed side by side with peers, and print all ratios of the run as one table."""
+    from ..bench.run import run, tables
+    from ..bench.tables import WIDE, check_page, ratios, write_page
     from ..report.terminal import rendered
 
-    result = run(checkpoint, data_dir, quick)
+    if markdown is not None:
+        check_page(markdown)
+    result = run(parts or (), checkpoint, data_dir, quick)
+    if markdown is not None:
+        write_page(markdown, result)
     if as_json:
         say_json(result)
     else:
-        say("\n".join(rendered(table) for table in tables(result)), end="")
+        shown = (*(tables(result) if details else ()), ratios(result))
+        say("\n".join(rendered(table, WIDE) for table in shown), end="")
     return 0

@@ -22,9 +22,9 @@ WIDTH = 79
 """Columns where nobody is looking: pipes and files."""
 
 
-def rendered(item: RenderableType) -> str:
-    """``item`` as text for stdout, coloured where stdout is a terminal that shows colours."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+def rendered(item: RenderableType, width: int = WIDTH) -> str:
+    """``item`` as text for stdout, coloured where stdout is a terminal that shows colours, else ``width`` wide."""
+    console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
     with console.capture() as captured:
         console.print(item)
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
