@@ -1,20 +1,22 @@
 """Fenced blocks of a Markdown page, and running them: in order, in one empty folder.
 
-``python`` is executed; all such blocks of a page share one namespace. ``console`` holds ``$ equipoise ...`` lines, each
-of which must exit 0. ``text`` is only read.
+``python`` is executed; all such blocks of a page share one namespace. ``console`` holds ``$ equipoise ...`` and
+``$ cc ...`` lines, each of which must exit 0; where there is no C compiler the latter are left out. ``text`` is only
+read.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^\$ (equipoise(?: .*)?)$")
+COMMAND = re.compile(r"^\$ ((?:equipoise|cc)(?: .*)?)$")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,19 @@ def commands(block: Block) -> list[str]:
     """The command lines of a console block; a backslash at the end continues a line."""
     lines = [line for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]
     matches = [COMMAND.match(line) for line in lines]
-    assert all(matches), f"line {block.line}: a console block holds only lines `$ equipoise ...`, got {lines}"
+    assert all(matches), (
+        f"line {block.line}: a console block holds only lines `$ equipoise ...` or `$ cc ...`, got {lines}"
+    )
     return [match[1] for match in matches if match]
 
 
 def run_command(command: str, folder: Path) -> None:
-    """Run one ``equipoise ...`` line as a shell would, in ``folder``."""
-    arguments = [sys.executable, "-m", *shlex.split(command)]
+    """Run one ``equipoise ...`` or ``cc ...`` line as a shell would, in ``folder``."""
+    arguments = shlex.split(command)
+    if arguments[0] == "equipoise":
+        arguments[:0] = [sys.executable, "-m"]
+    elif shutil.which(arguments[0]) is None:
+        return
     run = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, f"`{command}` exited {run.returncode}\n{run.stdout}\n{run.stderr}"
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 import equipoise as eq
 from browser import Tab, browser, chromium
+from equipoise.cli.common import app
 
 pytest.importorskip("mkdocs", reason="the site needs the extra [docs]")
 pytest.importorskip("material", reason="the site needs the extra [docs]")
@@ -70,6 +72,17 @@ def test_every_public_name_is_in_the_reference_with_words(site: Path) -> None:
     headings = set(re.findall(r"<h2 id=\"[\w.]+\" class=\"doc doc-heading\">\s*(equipoise\.\w+)", reference))
     assert headings >= {f"equipoise.{name}" for name in eq.__all__}
     assert [name for name in eq.__all__ if not (getattr(eq, name).__doc__ or "").strip()] == []
+
+
+def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
+    built = page(site, "commands.html")
+    program: Any = typer.main.get_command(app)
+    for name, command in program.commands.items():
+        section = built[built.index(f'id="equipoise-{name}"') :].split("<h2", 1)[0]
+        shown = set(re.findall(r"<code>(--?[\w-]+)</code>", section))
+        assert shown == {option for each in command.params for option in each.opts if option.startswith("-")} | {
+            option for each in command.params for option in each.secondary_opts
+        }
 
 
 def test_theorems_lead_to_their_functions_and_sections(site: Path) -> None:

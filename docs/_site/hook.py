@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import commands
 from cells import page
 from markdown import Extension, Markdown
 from markdown.inlinepatterns import InlineProcessor
@@ -119,6 +120,11 @@ def on_files(files: Files, config: Any) -> Files:
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the commands and their options where their page has the mark."""
+    return markdown.replace(commands.MARK, commands.reference()) if page.file.src_uri == "commands.md" else markdown
 
 
 def on_post_build(config: Any) -> None:
