@@ -317,3 +317,16 @@ def test_limits_beyond_a_dtype_are_infinite_in_it(dtype: torch.dtype) -> None:
     assert eq.Hardtanh(1e200, 2e200).fixes_zero is False
     layer = eq.NEMON(2, 3, activation=eq.Hardtanh(0.0, 1e200)).to(dtype)
     assert bool(torch.isfinite(layer(torch.ones(1, 2, dtype=dtype))).all())
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ACTIVATIONS.items() if kind.prox is Activation.prox])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_that_change_nothing_are_left_out(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    v = torch.cat([torch.randn(50) * size for size in (1e-6, 1.0, 1e3)] + [torch.tensor([torch.nan, torch.inf, -0.0])])
+    activation, found = ACTIVATIONS[name](), {}
+    for whole in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda whole=whole: whole)
+        found[whole] = [activation.prox(v.to(dtype), alpha) for alpha in (0.01, 0.3, 0.999, 2.5, 40.0)]
+    for short, long in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(short, long, rtol=0, atol=0, equal_nan=True)
