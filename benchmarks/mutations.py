@@ -2,39 +2,40 @@
 
     python benchmarks/mutations.py --out mutations.jsonl [--file norms.py] [--limit 50]
 
-Two kinds of mutants, made by rewriting the syntax tree of one module of a copy of ``src``: what a ``return`` gives,
-floats and float tensors, times the factor that makes the bound unsound (0.99, or 1.01 in a function whose name says
-that it bounds from below); and a constant of an arithmetic expression times 0.99 and, if that is not noticed, 1.01.
-Constants that count roundings (in ``gamma(…)``, beside 1 + 1e-12, below 1e-6) are left alone: 1 % of them is nothing.
+Two kinds of mutants, made by rewriting the syntax tree of one function: what a ``return`` gives, floats and float
+tensors, times the factor that makes the bound unsound (0.99, or 1.01 in a function whose name says that it bounds from
+below); and a constant of an arithmetic expression times 0.99 and, if that is not noticed, 1.01. Constants that count
+roundings (in ``gamma(…)``, beside 1 + 1e-12, below 1e-6) are left alone: 1 % of them is nothing.
 
-Before the first mutant all trials and tests are run once, to see which functions each of them calls, how long it takes
-and, of trials, how near its truths come to its bounds. A mutant runs, in a process of its own, those soundness trials
-that come nearest to some bound and then its module's tests, always only what calls its function and the quickest
-first; the first to fail kills it. The journal is kept: the same command goes on, also where other functions changed;
-``--again`` tries survivors once more. Exit status 1 where a mutant survived.
+Everything is imported and collected once. All trials and tests then run once, to see which functions each calls, how
+long it takes and, of trials, how near its truths come to its bounds. A mutant is a fork in which one function has
+another code: it runs the trials that come nearest to some bound and then its module's tests, only what calls its
+function and the quickest first; the first to fail kills it. The journal is kept: the same command goes on, also where
+other functions changed; ``--again`` tries survivors once more. Exit status 1 where a mutant survived.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
-import mpmath  # noqa: F401  what every mutant's process needs is imported once
 import pytest
 import torch
-from mutants import ROOT, Site, factors, mutant, sites
+from mutants import HELPER, ROOT, Site, factors, mutant, sites
+from trials.campaign import trial
+
+import equipoise
 
 BOXES = ["test_boxes.py", "test_robust.py"]
 CERTIFICATES = ["test_certificates.py", "test_certificates_chain.py", "test_certificates_verdicts.py"]
@@ -89,22 +90,26 @@ POOL, SEED = 240, 77
 NEAR, KEPT = 0.992, 2
 """Of each bound the quickest two networks are kept in which a truth comes so near to it that 1 % would be seen."""
 
+LONGEST = 2.0
+"""Seconds of the processor that a single test may take to be run on mutants."""
+
 LIMIT = 150
 """Seconds of the processor that a mutant may take, and six times as many by the clock; one that hangs is noticed."""
 
+SOURCE = Path(equipoise.__file__).parent
+
 Functions = set[tuple[str, str]]
-"""Functions of the copy, (module, name)."""
+"""Functions of the library, (module, name)."""
 
 
 def child(work: Callable[[], str], limit: int) -> tuple[str, str | None]:
-    """(what ``work`` gives, what ended its process if anything did), in a process of its own, torch in its memory."""
+    """(what ``work`` gives, what ended its process if anything did), in a fork."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         os.close(reading)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         signal.alarm(6 * limit)
-        sys.dont_write_bytecode = True
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -125,20 +130,13 @@ def child(work: Callable[[], str], limit: int) -> tuple[str, str | None]:
     return found, None
 
 
-def enter(copy: Path) -> None:
-    """Make ``copy`` the equipoise of this process and of those that it starts."""
-    for path in (ROOT / "tests", ROOT / "benchmarks", copy):
-        sys.path.insert(0, str(path))
-    os.environ["PYTHONPATH"] = str(copy)
-
-
 # What calls what
 
 
 @contextmanager
-def watched(copy: Path) -> Iterator[Functions]:
-    """The functions of ``copy`` that are called meanwhile."""
-    prefix, seen = f"{copy / 'equipoise'}{os.sep}", Functions()
+def watched() -> Iterator[Functions]:
+    """The functions of the library that are called meanwhile."""
+    prefix, seen = f"{SOURCE}{os.sep}", Functions()
     known: dict[CodeType, tuple[str, str] | None] = {}
 
     def look(frame: Any, event: str, argument: Any) -> None:
@@ -156,15 +154,12 @@ def watched(copy: Path) -> Iterator[Functions]:
         sys.settrace(None)
 
 
-def run_trials(copy: Path) -> str:
+def run_trials() -> str:
     """Lines of JSON: number, seconds, ratios of bounds and functions of each trial."""
-    enter(copy)
-    from trials.campaign import trial
-
     lines = []
     for index in range(POOL):
         begin = time.process_time()
-        with watched(copy) as seen:
+        with watched() as seen:
             _, ledger = trial(SEED, index)
         if ledger.violations:
             raise SystemExit(f"trial {index}: {ledger.violations[0]} without a mutant")
@@ -173,24 +168,44 @@ def run_trials(copy: Path) -> str:
     return "\n".join(map(json.dumps, lines))
 
 
+class Slow(BaseException):
+    """A test that takes too long; no Exception, so that nobody looks for a simpler example of it."""
+
+
+def run_tests(items: list[Any], watch: Watch) -> str:
+    """Lines of JSON: number, seconds and functions of each test that is not too slow."""
+
+    def stop(*_: Any) -> None:
+        raise Slow
+
+    signal.signal(signal.SIGVTALRM, stop)
+    lines = []
+    with watched() as watch.seen:
+        for number, item in enumerate(items):
+            watch.seen.clear()
+            watch.failed = ""
+            begin = time.process_time()
+            signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST, 0.5)
+            try:
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=next(iter(items[number + 1 :]), None))
+            except Slow:
+                watch.failed = "Slow"
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            seconds = time.process_time() - begin
+            if watch.failed and seconds < LONGEST:
+                raise SystemExit(f"{item.nodeid} fails without a mutant")
+            defined = [one for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
+            calls = sorted(watch.seen.union(*(watch.fixtures.get(one, set()) for one in defined)))
+            if not watch.failed:
+                lines.append({"name": number, "seconds": seconds, "calls": calls})
+    return "\n".join(map(json.dumps, lines))
+
+
 class Watch:
-    """A plugin of pytest: seconds and functions of every test, those of the fixtures that it shares among them."""
+    """A plugin of pytest: whether a test failed, and the functions that fixtures call, which tests may share."""
 
-    def __init__(self, seen: Functions) -> None:
-        self.seen, self.lines = seen, list[dict[str, Any]]()
-        self.failed = ""
-        self.fixtures: dict[Any, Functions] = {}
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Any:
-        self.seen.clear()
-        begin = time.process_time()
-        result = yield
-        seconds = time.process_time() - begin
-        shared = [self.fixtures.get(one, set()) for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
-        calls = sorted(self.seen.union(*shared))
-        self.lines.append({"name": item.nodeid, "seconds": seconds, "calls": calls})
-        return result
+    def __init__(self) -> None:
+        self.failed, self.seen, self.fixtures = "", Functions(), dict[Any, Functions]()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Any:
@@ -202,41 +217,44 @@ class Watch:
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
+        if report.failed and not self.failed:
             self.failed = report.nodeid
 
 
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
+class Mutate:
+    """A plugin of pytest that runs mutants in the place of tests: ``lines``, those of the journal, come one by one."""
 
+    def __init__(
+        self, todo: list[Site], tests: bool, patience: float, seconds: float | None, write: Callable[..., None]
+    ) -> None:
+        self.todo, self.with_tests, self.patience, self.write, self.watch = todo, tests, patience, write, Watch()
+        self.end = float("inf") if seconds is None else time.monotonic() + seconds
 
-def run_tests(copy: Path, names: list[str]) -> str:
-    """Lines of JSON: name, seconds and functions of each test of these files."""
-    enter(copy)
-    with watched(copy) as seen:
-        watch = Watch(seen)
-        code = pytest.main([*OPTIONS, *(str(ROOT / "tests" / name) for name in names)], plugins=[watch])
-    if code != 0:
-        raise SystemExit(f"{watch.failed or f'pytest ({code})'} fails without a mutant")
-    return "\n".join(map(json.dumps, watch.lines))
+    def pytest_configure(self, config: Any) -> None:
+        config.pluginmanager.register(self.watch)
 
-
-class Chooser:
-    """What a mutant has to pass."""
-
-    def __init__(self, copy: Path, files: list[str], patience: float) -> None:
-        self.patience = patience
-        trials = self._lines(*child(lambda: run_trials(copy), 40 * LIMIT))
-        trials.sort(key=lambda trial: float(trial["seconds"]))
+    def pytest_runtestloop(self, session: Any) -> bool:
+        items = self.items = session.items
+        trials = self._lines(*child(run_trials, 40 * LIMIT))
         near = set[int]()
-        for bound in {name for trial in trials for name in trial["ratios"]}:
-            near |= set([trial["name"] for trial in trials if trial["ratios"].get(bound, 0) > NEAR][:KEPT])
-        self.trials = [trial for trial in trials if trial["name"] in near]
-        names = sorted({name for file in files for name in TESTS[file]})
-        self.tests = self._lines(*child(lambda: run_tests(copy, names), 40 * LIMIT)) if patience > 0 else []
-        self.tests.sort(key=lambda test: float(test["seconds"]))
+        for bound in {name for line in trials for name in line["ratios"]}:
+            near |= set([line["name"] for line in trials if line["ratios"].get(bound, 0) > NEAR][:KEPT])
+        self.trials = [line for line in trials if line["name"] in near]
+        self.tests = self._lines(*child(lambda: run_tests(items, self.watch), 40 * LIMIT)) if self.with_tests else []
+        for site in self.todo:
+            if time.monotonic() > self.end:
+                break
+            begin, found = time.monotonic(), None
+            for factor in factors(site):
+                found = self.killer(site, mutant(site, factor))
+                if found is not None:
+                    break
+            self.write(site, found, round(time.monotonic() - begin, 1))
+        return True
 
     @staticmethod
     def _lines(text: str, ended: str | None) -> list[dict[str, Any]]:
+        """By their seconds."""
         try:
             found = [json.loads(line) for line in text.splitlines()]
         except json.JSONDecodeError:
@@ -245,62 +263,67 @@ class Chooser:
             raise SystemExit(f"without a mutant: {ended or text}")
         for line in found:
             line["calls"] = {tuple(call) for call in line["calls"]}
-        return found
+        return sorted(found, key=lambda line: float(line["seconds"]))
 
-    def trials_of(self, site: Site) -> list[int]:
-        """Numbers of the trials to run, the quickest first."""
-        return [
-            line["name"] for line in self.trials if not site.function or (site.file, site.function) in line["calls"]
-        ]
-
-    def tests_of(self, site: Site) -> list[str]:
-        """Names of the tests to run, the quickest first."""
-        own, left, found = tuple(f"tests/{name}::" for name in TESTS[site.file]), self.patience, []
-        for line in self.tests:
-            called = not site.function or (site.file, site.function) in line["calls"]
-            if called and line["name"].startswith(own) and left > 0:
+    def chosen(self, site: Site, lines: list[dict[str, Any]]) -> list[int]:
+        """Numbers of what calls the site's function, the quickest first, as far as patience goes."""
+        left, found = self.patience, []
+        for line in lines:
+            if left > 0 and (not site.function or (site.file, site.function) in line["calls"]):
                 found.append(line["name"])
                 left -= line["seconds"]
         return found
 
+    def killer(self, site: Site, source: str) -> str | None:
+        """What notices the mutant, or None."""
+        own = {f"tests/{name}" for name in TESTS[site.file]}
+        tests = [line for line in self.tests if self.items[line["name"]].nodeid.partition("::")[0] in own]
+        found, ended = child(lambda: self.tried(site, source, self.chosen(site, tests)), LIMIT)
+        return ended or found or None
 
-def killer(copy: Path, trials: list[int], tests: list[str]) -> str | None:
-    """What notices the mutant in ``copy``, or None."""
-    found, ended = child(lambda: tried(copy, trials, tests), LIMIT)
-    return ended or found or None
-
-
-def tried(copy: Path, trials: list[int], tests: list[str]) -> str:
-    """The first that fails, or nothing."""
-    enter(copy)
-    try:
-        from trials.campaign import trial
-
-        for index in trials:
-            _, ledger = trial(SEED, index)
+    def tried(self, site: Site, source: str, tests: list[int]) -> str:
+        """The first that fails, or nothing."""
+        put_in(site.file, source)
+        for index in self.chosen(site, self.trials):
+            try:
+                _, ledger = trial(SEED, index)
+            except Exception as error:
+                return f"trial {index}: {type(error).__name__}"
             if ledger.violations:
                 return f"trial {index}: {ledger.violations[0]['bound']}"
-    except Exception as error:
-        return f"trials: {type(error).__name__}"
-    if not tests:
+        self.watch.failed = ""
+        for number in tests:
+            item = self.items[number]
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+            if self.watch.failed:
+                return self.watch.failed
         return ""
-    watch = Failed()
-    code = pytest.main([*OPTIONS, *(str(ROOT / name) for name in tests)], plugins=[watch])
-    return watch.failed or ("" if code == 0 else f"pytest {code}")
 
 
-class Failed:
-    """A plugin of pytest: the first test that failed."""
+def put_in(file: str, source: str) -> None:
+    """Give the functions of the module that is loaded their code from ``source``, and the module its numbers."""
+    path, codes = str(SOURCE / file), dict[str, CodeType]()
+    module = next(vars(m) for m in list(sys.modules.values()) if getattr(m, "__file__", None) == path)
 
-    failed = ""
+    def collect(code: CodeType) -> None:
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):
+                codes[inner.co_qualname] = inner
+                collect(inner)
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
+    whole = compile(source, path, "exec")
+    collect(whole)
+    for function in [found for found in gc.get_objects() if type(found) is FunctionType]:
+        if function.__globals__ is module and function.__code__.co_qualname in codes:
+            function.__code__ = codes[function.__code__.co_qualname]
+    fresh = {**module}
+    exec(HELPER if HELPER in source else whole, fresh)  # of its classes and functions none is used
+    module["_mutated"] = fresh.get("_mutated")
+    for name, value in fresh.items():
+        if isinstance(value, (int, float)) and value != (old := module.get(name)):
+            for other in [vars(m) for m in list(sys.modules.values()) if getattr(m, "__name__", "")[:9] == "equipoise"]:
+                if other.get(name) is old:
+                    other[name] = value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -308,49 +331,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("mutations.jsonl"), help="journal (default mutations.jsonl)")
     parser.add_argument("--file", action="append", choices=sorted(TESTS), help="only this module")
     parser.add_argument("--limit", type=int, help="stop after so many new mutants")
-    parser.add_argument("--patience", type=float, default=60, metavar="SECONDS",
-                        help="of tests that a mutant runs, besides the trials (default 60, 0 for none)")  # fmt: skip
+    parser.add_argument("--trials", action="store_true", help="the soundness trials alone, not the tests")
+    parser.add_argument("--patience", type=float, default=20, metavar="SECONDS",
+                        help="of trials, and of tests, that a mutant runs (default 20)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="try survivors once more")
     parser.add_argument("--seconds", type=float, help="stop after so long")
     options = parser.parse_args(arguments)
-    files: list[str] = options.file or list(TESTS)
-    wanted = {site.key: site for file in files for site in sites(file)}
+    wanted = {site.key: site for file in options.file or TESTS for site in sites(file)}
     known: dict[str, dict[str, Any]] = {}
     if options.out.exists():
         known = {line["key"]: line for line in map(json.loads, options.out.read_text().splitlines())}
-    todo = [
-        site for key, site in wanted.items() if key not in known or (options.again and known[key]["killer"] is None)
-    ]
-    todo = todo[: options.limit]
-    if todo:
-        with tempfile.TemporaryDirectory() as folder:
-            for line in mutate(Path(folder).resolve() / "src", todo, options.patience, options.seconds):
-                known[line["key"]] = line
-                with options.out.open("a") as journal:
-                    journal.write(json.dumps(line) + "\n")
-    return report({key: {**known[key], **site._asdict()} for key, site in wanted.items() if key in known})
+    todo = [site for key, site in wanted.items() if key not in known or (options.again and not known[key]["killer"])]
 
-
-def mutate(copy: Path, todo: list[Site], patience: float, seconds: float | None) -> Iterator[dict[str, Any]]:
-    """A line of the journal for each site."""
-    torch.set_num_threads(1)
-    begin = time.monotonic()
-    shutil.copytree(ROOT / "src" / "equipoise", copy / "equipoise", ignore=shutil.ignore_patterns("__pycache__"))
-    chooser = Chooser(copy, sorted({site.file for site in todo}), patience)
-    for site in todo:
-        if seconds is not None and time.monotonic() - begin > seconds:
-            return
-        started, target, found = time.monotonic(), copy / "equipoise" / site.file, None
-        original = target.read_text()
-        for factor in factors(site):
-            target.write_text(mutant(site, factor))
-            found = killer(copy, chooser.trials_of(site), chooser.tests_of(site))
-            if found is not None:
-                break
-        target.write_text(original)
-        spent = round(time.monotonic() - started, 1)
+    def write(site: Site, found: str | None, spent: float) -> None:
+        known[site.key] = {"key": site.key, "killer": found, "seconds": spent}
+        with options.out.open("a") as journal:
+            journal.write(json.dumps(known[site.key]) + "\n")
         print(f"{site.file}:{site.line:<6} {found or 'SURVIVED: ' + site.source}", file=sys.stderr, flush=True)
-        yield {"key": site.key, "killer": found, "seconds": spent}
+
+    if todo := todo[: options.limit]:
+        torch.set_num_threads(1)
+        names = set[str]() if options.trials else {name for site in todo for name in TESTS[site.file]}
+        files = [str(ROOT / "tests" / name) for name in sorted(names or {"test_mutations.py"})]
+        plugin = Mutate(todo, not options.trials, options.patience, options.seconds, write)
+        flags = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
+        pytest.main([*flags, *files], plugins=[plugin])
+    return report({key: {**known[key], **site._asdict()} for key, site in wanted.items() if key in known})
 
 
 def report(known: dict[str, dict[str, Any]]) -> int:

@@ -199,9 +199,9 @@ def tiers(rng: Rng, ledger: Ledger) -> None:
     x = torch.tensor(rng.standard_normal((count, layer.in_channels, *layer.image_size)) * 10 ** rng.uniform(-2, 2))
     x[0] = 0
     x = x.to(dtype)
-    certificate = certify(model, reference, x if reference is not None and rng.random() < 0.6 else None)
+    given = x if reference is not None and rng.random() < 0.6 else None
+    certificate = certify(model, reference, given)
     if rng.random() < 0.3:
-        given = x if certificate.agreement is not None or certificate.displacement is not None else None
         round_trip(model, reference, given, certificate, ledger)
     known = matrix(layer)
     _constants(layer, certificate, known, ledger)
