@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.activations import ACTIVATIONS, Activation, Linearized, activation_from_dict, as_activation
+from equipoise.activations import ACTIVATIONS, Activation, activation_from_dict, as_activation
 from equipoise.errors import OptionError
+from equipoise.linearized import Linearized
 from problems import scalar
 
 ALPHAS = [0.01, 0.3, 1.0, 4.0, 100.0]

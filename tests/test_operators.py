@@ -17,10 +17,9 @@ from torch import Tensor
 
 import equipoise as eq
 from equipoise.errors import InputError, NotWellPosedError, OptionError
-from equipoise.operators import DenseOperator, MonotoneOperator
+from equipoise.operators import DenseOperator, MonotoneOperator, QuantizedWeight, quantize_weight
 from equipoise.operators.dense import TransposedOperator
 from equipoise.operators.grids import Geometry
-from equipoise.operators.quantized import QuantizedWeight, quantize_weight
 from equipoise.operators.tiers import TierOperator
 from equipoise.parametrizations import Dense, Kernels, Monotone, MonotoneKernels
 from problems import matrix, true_margin

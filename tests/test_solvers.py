@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.activations import Activation, Linearized
+from equipoise.activations import Activation
 from equipoise.errors import ConvergenceWarning
+from equipoise.linearized import Linearized
 from equipoise.operators import DenseOperator
 from equipoise.solvers import Problem, Solution, a_posteriori
 from problems import CATALOGUE, Case, equilibrium, exact_rows, matrix, true_margin

@@ -135,11 +135,10 @@ def plan(
     from ..files import load
     from ..ladder import Requirements
     from ..plan import build_ladder
-    from ..quantization.schemes import SCHEMES
     from ..report.terminal import ladder_table, ladder_words, pairs_table, rendered, waiting
 
     asked = Requirements(min_agreement, max_displacement, min_accuracy, max_bytes)
-    names = [name.strip().lower() for name in schemes.split(",")] if schemes else list(SCHEMES)
+    names = [name.strip().lower() for name in schemes.split(",")] if schemes else None
     widths = numbers("bits", bits, 32)
     for path in (out, report, save):
         if path is not None:
