@@ -103,7 +103,7 @@ def asked(help: str) -> Any:
 def plan(
     file: Model,
     data: OnData,
-    schemes: Annotated[str, scheme_option(" Several with commas; default all four.")] = "",
+    schemes: Annotated[str, scheme_option(" Several with commas; default all.")] = "",
     bits: BitsList = "8-1",
     input_bits: InputBits = None,
     mixed: Annotated[

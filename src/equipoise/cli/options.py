@@ -243,7 +243,7 @@ class Rounding:
         if name is None:
             if given:
                 option = next(iter(given)).replace("_", "-")
-                raise OptionError(f"--{option} needs a --scheme: assembled, structured, compensated or cayley")
+                raise OptionError(f"--{option} needs a --scheme, such as structured")
             return None
         if name == "compensated" and target is not None:
             given["margin"] = target  # the scheme itself reaches it
