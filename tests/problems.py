@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
+from catalogue import ACTIVATIONS, EVERY_ACTIVATION, definition, matrix
 from equipoise.activations import Activation
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 
 mpmath.mp.dps = 50
 INF = math.inf
-SMOOTH = (eq.Tanh(), eq.Sigmoid(), eq.Softplus(), eq.ELU(), eq.ELU(0.5))
+SMOOTH = [activation for activation in EVERY_ACTIVATION if not definition(activation).linear]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,6 @@ class Case:
         return self.name
 
 
-def matrix(n: int, margin: float, seed: int, rank: int | None = None, gain: float = 0.5) -> Tensor:
-    """A random W ``(n, n)``, float64, of margin at least ``margin`` (equal to it where rank < n)."""
-    generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(n if rank is None else rank, n, generator=generator, dtype=torch.float64) * gain
-    B = torch.randn(n, n, generator=generator, dtype=torch.float64) * gain
-    return (1 - margin) * torch.eye(n, dtype=torch.float64) - A.mT @ A + B - B.mT
-
-
 def true_margin(W: Tensor) -> float:
     F = torch.eye(len(W), dtype=torch.float64) - W.double()
     return float(torch.linalg.eigvalsh((F + F.mT) / 2)[0]) if len(W) else INF
@@ -67,58 +60,32 @@ def true_margin(W: Tensor) -> float:
 
 
 def scalar(activation: Activation, v: object) -> mpmath.mpf:
-    """σ(v) for one number v, in 50 digits, written from its definition."""
-    x = mpmath.mpf(v)
-    match activation:
-        case eq.ReLU():
-            return max(x, mpmath.mpf(0))
-        case eq.LeakyReLU(slope=slope):
-            return x if x >= 0 else mpmath.mpf(slope) * x
-        case eq.Hardtanh(low=low, high=high):
-            return min(max(x, mpmath.mpf(low)), mpmath.mpf(high))
-        case eq.SoftThreshold(threshold=width):
-            return mpmath.sign(x) * max(abs(x) - mpmath.mpf(width), 0)
-        case eq.Tanh():
-            return mpmath.tanh(x)
-        case eq.Sigmoid():
-            return 1 / (1 + mpmath.exp(-x))
-        case eq.Softplus():
-            return mpmath.log1p(mpmath.exp(x)) if x < 0 else x + mpmath.log1p(mpmath.exp(-x))
-        case eq.ELU(scale=scale):
-            return x if x >= 0 else mpmath.mpf(scale) * mpmath.expm1(x)
-    raise AssertionError(activation)
+    """σ(v) for one number v, in 50 digits, by its definition in the catalogue."""
+    return mpmath.mpf(definition(activation).define(activation, mpmath.mpf(v)))
 
 
 def slope(activation: Activation, v: object) -> mpmath.mpf:
     """σ'(v), v not at a kink."""
-    x = mpmath.mpf(v)
-    match activation:
-        case eq.Tanh():
-            return mpmath.sech(x) ** 2
-        case eq.Sigmoid():
-            return 1 / ((1 + mpmath.exp(-x)) * (1 + mpmath.exp(x)))
-        case eq.Softplus():
-            return 1 / (1 + mpmath.exp(-x))
-        case eq.ELU(scale=scale):
-            return mpmath.mpf(1) if x > 0 else mpmath.mpf(scale) * mpmath.exp(x)
-    for piece, _, low, high in pieces(activation):
-        if low <= x <= high:
-            return mpmath.mpf(piece)
-    raise AssertionError(activation)
+    x, h = mpmath.mpf(v), mpmath.mpf(10) ** -18
+    if not definition(activation).linear:
+        return (scalar(activation, x + h) - scalar(activation, x - h)) / (2 * h)
+    return next(mpmath.mpf(piece) for piece, _, low, high in pieces(activation) if low <= x <= high)
 
 
 def pieces(activation: Activation) -> list[tuple[float, float, float, float]]:
-    """The linear pieces σ(v) = slope · v + offset on [low, high]."""
-    match activation:
-        case eq.ReLU():
-            return [(0.0, 0.0, -INF, 0.0), (1.0, 0.0, 0.0, INF)]
-        case eq.LeakyReLU(slope=a):
-            return [(a, 0.0, -INF, 0.0), (1.0, 0.0, 0.0, INF)]
-        case eq.Hardtanh(low=low, high=high):
-            return [(0.0, low, -INF, low), (1.0, 0.0, low, high), (0.0, high, high, INF)]
-        case eq.SoftThreshold(threshold=t):
-            return [(1.0, t, -INF, -t), (0.0, 0.0, -t, t), (1.0, -t, t, INF)]
-    raise AssertionError(f"{activation} is not piecewise linear")
+    """The linear pieces σ(v) = slope · v + offset on [low, high], read off between the kinks."""
+    known = definition(activation)
+    assert known.linear, f"{activation} is not piecewise linear"
+    found = []
+    for low, high in itertools.pairwise((-INF, *known.kinks(activation), INF)):
+        if low == high:
+            continue
+        middle = high - 2 if low == -INF else low + 2 if high == INF else (mpmath.mpf(low) + high) / 2
+        reach = 1 if INF in (-low, high) else (mpmath.mpf(high) - low) / 4
+        left, right = (scalar(activation, mpmath.mpf(middle) + side * reach) for side in (-1, 1))
+        rise = (right - left) / (2 * reach)
+        found.append((float(rise), float(left - rise * (mpmath.mpf(middle) - reach)), low, high))
+    return found
 
 
 # Equilibria
@@ -260,22 +227,12 @@ def _diagonal_case(activation: Activation) -> Case:
 
 
 def _build() -> list[Case]:
-    activations: tuple[Activation, ...] = (
-        eq.ReLU(),
-        eq.LeakyReLU(0.1),
-        eq.Tanh(),
-        eq.Sigmoid(),
-        eq.Softplus(),
-        eq.ELU(),
-        eq.Hardtanh(),
-        eq.SoftThreshold(0.3),
-    )
     make: list[Callable[[], Case]] = [_skew_case]
     cases = [builder() for builder in make]
-    for activation in activations:
+    for activation in ACTIVATIONS:
         cases.append(_scalar_case(-2.5, activation))
         cases.append(_scalar_case(0.7, activation))
-        if activation not in SMOOTH[1:]:
+        if definition(activation).linear or activation == eq.Tanh():
             cases.append(_diagonal_case(activation))
         cases.append(_case("random4", matrix(4, 0.4, 1), _rows(5, 4, 2), activation))
         cases.append(_case("contraction4", _contraction(4, 0.8, 11), _rows(5, 4, 12), activation))

@@ -12,32 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.activations import ACTIVATIONS, Activation, Linearized, activation_from_dict, as_activation
+from catalogue import EVERY_ACTIVATION, definition
+from equipoise.activations import ACTIVATIONS, Activation, activation_from_dict, as_activation
 from equipoise.errors import OptionError
+from equipoise.linearized import Linearized
 from problems import scalar
 
 ALPHAS = [0.01, 0.3, 1.0, 4.0, 100.0]
 DTYPES = [torch.float32, torch.float64]
-EVERY: list[Activation] = [
-    eq.ReLU(),
-    eq.LeakyReLU(),
-    eq.LeakyReLU(0.0),
-    eq.LeakyReLU(0.3),
-    eq.LeakyReLU(1.0),
-    eq.Tanh(),
-    eq.Sigmoid(),
-    eq.Softplus(),
-    eq.ELU(),
-    eq.ELU(0.4),
-    eq.Hardtanh(),
-    eq.Hardtanh(-0.3, 2.1),
-    eq.SoftThreshold(),
-    eq.SoftThreshold(0.0),
-    eq.SoftThreshold(0.7),
-]
 POINTS = [-40.0, -3.3, -1.05, -0.71, -0.2, -0.05, -1e-9, 0.0, 1e-9, 0.05, 0.2, 0.71, 1.05, 2.2, 3.3, 40.0]
 
-each = pytest.mark.parametrize("activation", EVERY, ids=str)
+each = pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
 
 
@@ -190,10 +175,7 @@ def test_slopes_lie_in_the_unit_interval(activation: Activation, dtype: torch.dt
 
 @each
 def test_derivative_at_a_kink_lies_between_the_slopes_beside_it(activation: Activation) -> None:
-    kinks = {
-        "Hardtanh": [getattr(activation, "low", 0.0), getattr(activation, "high", 0.0)],
-        "SoftThreshold": [-getattr(activation, "threshold", 0.0), getattr(activation, "threshold", 0.0)],
-    }.get(activation.name, [0.0])
+    kinks = definition(activation).kinks(activation) or (0.0,)
     v = torch.tensor(kinks, dtype=torch.float64)
     left, here, right = (activation.derivative(v + shift) for shift in (-1e-9, 0.0, 1e-9))
     assert bool((here >= torch.minimum(left, right) - 1e-8).all())

@@ -28,12 +28,11 @@ from equipoise.bench import (
     tables,
     train,
 )
-from equipoise.bench.contenders import OURS, REFERENCE, Answer, Contender, library, plain
+from equipoise.bench.contenders import OURS, RACING, REFERENCE, Answer, Contender, library, plain
 from equipoise.bench.rows import Row, at_least_times, at_most_times, not_measured
 from equipoise.cli import main
 from equipoise.errors import ConvergenceError, FileFormatError, InputError, MissingExtraError, OptionError
 from equipoise.runtime import compiler
-from equipoise.solvers import SOLVERS
 from problems import matrix
 
 TORCHDEQ = ["fixed_point_iter", "anderson", "broyden"]
@@ -93,7 +92,7 @@ def test_every_solver_of_ours_reaches_the_goal_at_every_batch(result: dict[str, 
     assert [(r["batch"], r["solves"]) for r in found["races"]] == [(1, 2), (12, 1)]
     for entry in found["races"]:
         ours = [row for row in entry["contenders"] if row["family"] == OURS]
-        assert {row["name"] for row in ours} == {*SOLVERS, f"{REFERENCE}, layer(x)"}
+        assert {row["name"] for row in ours} == {*RACING, f"{REFERENCE}, layer(x)"}
         for row in ours:
             assert row["reached"], row
             assert 0 <= row["worst_error"] <= 1e-4, row
@@ -162,7 +161,7 @@ def test_progress_only_grows_and_every_part_ends(result: dict[str, Any], told: T
 
 def test_the_tables_say_it_all(result: dict[str, Any]) -> None:
     text = drawn(*run.tables(result))
-    for word in (*SOLVERS, "torchdeq", "share of the sgemm rate", "explicit", "certify", "one image"):
+    for word in (*RACING, "torchdeq", "share of the sgemm rate", "explicit", "certify", "one image"):
         assert word in text, word
 
 

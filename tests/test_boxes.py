@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.activations import Activation, Mirrored
+from equipoise.activations import Activation
 from equipoise.certificates.boxes import Box, affine_box
 from equipoise.data import Preprocessing
 from equipoise.errors import InputError, NotWellPosedError
 from equipoise.layers.box import box_equilibrium, doubled
+from equipoise.linearized import Mirrored
 from equipoise.norms import WeightedMax, metzler
 from problems import matrix
 from test_nemon import ACTIVATIONS, layer

@@ -16,6 +16,7 @@ from flint import fmpq_mat
 from torch import Tensor
 
 import equipoise as eq
+from catalogue import ACTIVATIONS, SCHEME_KINDS
 from equipoise.certificates.convergence import closed_rates, inexact_factor, steps_for
 from equipoise.operators.quantized import AssembledWeight, CayleyWeight, CompensatedWeight, StructuredWeight
 from equipoise.quantization import QuantizedTensor
@@ -24,9 +25,6 @@ from exact_arithmetic import F64, at_least, at_most, dominated, exact, eye, q, s
 from problems import matrix, true_margin
 
 BITS = [*range(1, 9), 16, 32]
-SCHEMES = [eq.Assembled, eq.Structured, eq.Compensated, eq.Cayley]
-ACTIVATIONS = [eq.ReLU(), eq.LeakyReLU(0.2), eq.Tanh(), eq.Sigmoid(), eq.Softplus(), eq.ELU(), eq.Hardtanh()]
-ACTIVATIONS += [eq.SoftThreshold(0.3)]
 IDENTITY = eq.LeakyReLU(1.0)
 
 
@@ -99,7 +97,7 @@ def check_constants(layer: eq.MonDEQ) -> eq.Certificate:
 def test_quantized_constants_against_exact_rationals() -> None:
     certified = 0
     for i, bits in enumerate(BITS * 5):
-        for kind in SCHEMES:
+        for kind in SCHEME_KINDS:
             dtype, n = (torch.float32, F64)[i // 2 % 2], 1 + (i + bits) % 4
             layer = random_layer(n, 2, dtype)
             options = {"granularity": random.choice(["tensor", "row"]), "scale": random.choice(["max", "mse"])}
@@ -161,7 +159,7 @@ def test_codes_that_define_no_matrix_are_not_certified() -> None:
 
 
 def test_constants_are_tight() -> None:
-    for i, kind in enumerate(SCHEMES * 6):
+    for i, kind in enumerate(SCHEME_KINDS * 6):
         layer = eq.quantize(random_layer(30, 3, (torch.float32, F64)[i % 2]), kind([3, 8, 16][i % 3]))
         W, c = layer.weight.detach().double(), eq.certify(layer)
         near = 1e-11 if i % 2 else 1e-5
@@ -218,7 +216,9 @@ def test_the_predeployment_check_at_its_limit(entry: float, holds: bool) -> None
 def test_the_relative_bound_holds_and_needs_the_same_injection() -> None:
     seen = 0
     for i in range(16):
-        model = random_layer(5, 3, (torch.float32, F64)[i % 2], activation=ACTIVATIONS[i % 8 * (i < 8)])
+        model = random_layer(
+            5, 3, (torch.float32, F64)[i % 2], activation=ACTIVATIONS[i % len(ACTIVATIONS) * (i < len(ACTIVATIONS))]
+        )
         quantized = eq.quantize(model, eq.Structured(8 + i % 9, scale="max"))
         x = torch.randn(8, 3, dtype=F64)
         c = eq.certify(quantized, model, x)

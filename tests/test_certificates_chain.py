@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
+from catalogue import ACTIVATIONS, SCHEME_KINDS
 from equipoise.certificates import Certifier, displacement
 from equipoise.certificates.sides import DenseSide
 from equipoise.layers.chain import chain
@@ -24,10 +25,7 @@ from equipoise.quantization import QuantizedTensor
 from problems import equilibrium, exact_rows, matrix
 
 F64 = torch.float64
-ACTIVATIONS = [eq.ReLU(), eq.LeakyReLU(0.2), eq.Tanh(), eq.Sigmoid(), eq.Softplus(), eq.ELU(), eq.Hardtanh()]
-ACTIVATIONS += [eq.SoftThreshold(0.3)]
 IDENTITY = eq.LeakyReLU(1.0)
-SCHEMES = [eq.Assembled, eq.Structured, eq.Compensated, eq.Cayley]
 
 
 def values(linear: Any, stored: bool) -> tuple[Tensor, Tensor]:
@@ -62,7 +60,7 @@ def layer(n: int, d: int, dtype: torch.dtype = F64, **options: Any) -> eq.MonDEQ
 
 def random_scheme(bits: list[int]) -> eq.Scheme:
     small = {k: random.choice([None, 3, 8, 32]) for k in ("input_bits", "bias_bits")}
-    return random.choice(SCHEMES)(random.choice(bits), scale="max", **small)
+    return random.choice(SCHEME_KINDS)(random.choice(bits), scale="max", **small)
 
 
 # Displacement of one layer (T3)
@@ -130,7 +128,9 @@ def test_displacements_are_reached(w: float, v: float) -> None:
 
 def test_nothing_moves_where_nothing_is_quantized() -> None:
     for i in range(16):
-        model = nn.Sequential(layer(6, 4, (torch.float32, F64)[i % 2], activation=ACTIVATIONS[i % 8]), nn.Linear(6, 5))
+        model = nn.Sequential(
+            layer(6, 4, (torch.float32, F64)[i % 2], activation=ACTIVATIONS[i % len(ACTIVATIONS)]), nn.Linear(6, 5)
+        )
         x = torch.randn(9, 4)
         c = eq.certify(model, copy.deepcopy(model), x)
         assert bool((c.displacement <= 5e-9 * (1 + outputs(model, x)["0"].norm(dim=1))).all())

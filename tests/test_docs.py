@@ -15,7 +15,7 @@ import typer.main
 
 import equipoise as eq
 from equipoise.cli.common import app
-from equipoise.quantization.schemes import SCHEMES
+from equipoise.operators import schemes
 from equipoise.reproduce.li2026 import published
 from equipoise.solvers import SOLVERS
 from markdown_blocks import Block, blocks, check_fences, run_blocks
@@ -172,7 +172,7 @@ def test_fields_that_theorems_name_are_fields() -> None:
 
 def test_every_solver_and_scheme_is_in_the_table_of_algorithms() -> None:
     first = set(re.findall(r"^\| `(\w+)` \|", text("algorithms.md"), re.MULTILINE))
-    kinds = {*SOLVERS, eq.Rounded.__name__, *(kind.__name__ for kind in SCHEMES.values())}
+    kinds = {*SOLVERS, *(kind.__name__ for kind in schemes().values())}
     assert first == kinds
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.certificates.wellposed import spectrum
 from equipoise.ladder import Evidence, Ladder, Requirements, Rung
+from equipoise.operators import scheme_from_dict, schemes
 from equipoise.plan import build_ladder
-from equipoise.quantization.schemes import SCHEMES, scheme_from_dict
 from equipoise.report import render
 from equipoise.report.drawing import BOX, Scale, fitted, line, shape
 from equipoise.report.explorer import Explorer, Frame, explore
@@ -50,7 +50,7 @@ def eigenvalues(W: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", schemes())
 def test_the_spectrum_is_that_of_the_dequantized_weight(name: str, bits: int) -> None:
     torch.manual_seed(3)
     model = small_model().double()
@@ -170,7 +170,7 @@ def crowded(ladder: Ladder) -> Ladder:
     """As large as a page gets: every scheme at every number of bits, a wide layer and ten thousand inputs."""
     generator = torch.Generator().manual_seed(0)
     rungs, evidence = [], []
-    for name in SCHEMES:
+    for name in schemes():
         for bits in range(1, 17):
             bound = torch.rand(10_000, generator=generator, dtype=torch.float64) + 0.5**bits
             proof = dataclasses.replace(

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import catalogue
 import equipoise as eq
 from equipoise.certificates.fingerprint import fingerprint
 from equipoise.data import Preprocessing
@@ -88,27 +89,14 @@ FLOAT_MODELS: dict[str, Callable[[], Model]] = {
     "tied": tied,
     "codes for inputs": quantized_inputs,
 }
-ACTIVATIONS: list[eq.Activation] = [
-    eq.ReLU(),
-    eq.LeakyReLU(0.25),
-    eq.Tanh(),
-    eq.Sigmoid(),
-    eq.Softplus(),
-    eq.ELU(0.5),
-    eq.Hardtanh(float("-inf"), 2.0),
-    eq.SoftThreshold(0.3),
-]
-SOLVERS: list[eq.Solver] = [
-    eq.PeacemanRachford(),
+ACTIVATIONS = [*catalogue.ACTIVATIONS, eq.LeakyReLU(0.25), eq.ELU(0.5), eq.Hardtanh(float("-inf"), 2.0)]
+SOLVERS = [
+    *catalogue.SOLVERS,
     eq.PeacemanRachford(alpha=0.3, max_steps=500, check_every=2),
-    eq.DouglasRachford(),
-    eq.ForwardBackward(),
-    eq.Tseng(),
-    eq.Picard(),
     eq.Anderson(on=eq.ForwardBackward(alpha=0.2), memory=3),
-    eq.Broyden(),
 ]
 SCHEMES: list[eq.Scheme] = [
+    *(kind(4) for kind in catalogue.SCHEME_KINDS),
     *(kind(bits) for kind in (eq.Assembled, eq.Structured) for bits in (1, 2, 3, 8, 11, 16, 32)),
     *(eq.Assembled(bits, granularity="row") for bits in (2, 8)),
     eq.Structured(2, granularity="row", input_bits=3, bias_bits=9, head_bits=1),

@@ -208,11 +208,16 @@ EDITS: list[tuple[Edit, str]] = [
 ]
 
 QUANTIZED_EDITS: list[tuple[Edit, str]] = [
-    (lambda d, t: modules(d)[0]["recurrent"].update(bits=8), "codes of 8 bits take"),
-    (lambda d, t: modules(d)[0]["recurrent"].update(bits=40), "40"),
-    (lambda d, t: modules(d)[0]["recurrent"].update(bits=None), "bits is None"),
-    (lambda d, t: modules(d)[0]["recurrent"].update(rank=HUGE), "codes of 2 bits take"),
-    (lambda d, t: modules(d)[0].update(features=HUGE), "codes of 2 bits take"),
+    (lambda d, t: modules(d)[0]["recurrent"]["A"].update(bits=8), "codes of 8 bits take"),
+    (lambda d, t: modules(d)[0]["recurrent"]["A"].update(bits=40), "40"),
+    (lambda d, t: modules(d)[0]["recurrent"]["K"].update(bits=None), "bits is None"),
+    (lambda d, t: modules(d)[0]["recurrent"]["A"].update(shape=[HUGE, HUGE]), "codes of 2 bits take"),
+    (lambda d, t: modules(d)[0]["recurrent"]["A"].update(shape=[]), "1 to 4 are needed"),
+    (lambda d, t: modules(d)[0]["recurrent"]["A"].update(shape=[5, -5]), "a size from 0"),
+    (lambda d, t: modules(d)[0]["recurrent"]["A"].update(shape=[25]), r"codes \(25,\) where"),
+    (lambda d, t: modules(d)[0]["recurrent"].update(A=5), "an object is needed|A is 5"),
+    (lambda d, t: modules(d)[0]["recurrent"]["K"].update(features=HUGE), "codes of 2 bits take"),
+    (lambda d, t: modules(d)[0].update(features=HUGE), "codes of 5 features where 2147483648"),
     (lambda d, t: modules(d)[0]["injection"].update(in_features=HUGE), "codes of 3 bits take"),
     (lambda d, t: modules(d)[0]["injection"].update(dtype="int8"), "unknown dtype 'int8'"),
     (lambda d, t: modules(d)[0]["injection"].update(bias=False), "unknown|bias"),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "equipoise"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "verified", "norms", "activations"),
+    ("errors", "verified", "norms", "activations", "linearized"),
     (
         "parametrizations.monotone",
         "parametrizations.nemon",
@@ -47,6 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "operators.quantized_tiers",
         "operators.prepared",
         "operators.prepared_rows",
+        "operators.recipes",
     ),
     (
         "solvers.problem",

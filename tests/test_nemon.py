@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.activations import Linearized
 from equipoise.errors import InputError, NotWellPosedError, OptionError
+from equipoise.linearized import Linearized
 from equipoise.norms import WeightedMax
 from equipoise.operators import DenseOperator
 from equipoise.parametrizations import Contractive, Weighted, contractive_factors

@@ -1,13 +1,12 @@
 """The conformance suite: what every operator promises, checked on every kind of operator.
 
-A new kind registers in ``OPERATORS`` by a name and a function that builds it in a given dtype.
+A new kind registers in the catalogue's ``OPERATORS`` by a name and a function that builds it in a given dtype.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,88 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import equipoise as eq
+from catalogue import LOOSE, OPERATORS, SCHEMES, Build, codes, monotone
 from equipoise.errors import InputError, NotWellPosedError, OptionError
-from equipoise.operators import DenseOperator, MonotoneOperator
+from equipoise.operators import DenseOperator, MonotoneOperator, QuantizedWeight, quantize_weight
 from equipoise.operators.dense import TransposedOperator
-from equipoise.operators.grids import Geometry
-from equipoise.operators.quantized import QuantizedWeight, quantize_weight
-from equipoise.operators.tiers import TierOperator
-from equipoise.parametrizations import Dense, Kernels, Monotone, MonotoneKernels
-from problems import matrix, true_margin
+from equipoise.parametrizations import Dense
+from problems import true_margin
 
-Build = Callable[[torch.dtype], MonotoneOperator]
-
-SCHEMES: list[eq.Scheme] = [
-    eq.Assembled(6),
-    eq.Assembled(8, granularity="row", scale="mse"),
-    eq.Assembled(32),
-    eq.Structured(1),
-    eq.Structured(3, granularity="row"),
-    eq.Structured(16),
-    eq.Structured(32),
-    eq.Compensated(3, margin=0.1),
-    eq.Compensated(1, margin=0.05, granularity="row"),
-    eq.Cayley(8),
-    eq.Cayley(5, granularity="tensor"),
-    eq.Cayley(32, alpha=0.5),
-]
-
-
-def dense(n: int, margin: float, seed: int, rank: int | None = None) -> Build:
-    return lambda dtype: DenseOperator(matrix(n, margin, seed, rank, gain=0.3).to(dtype))
-
-
-def monotone(n: int) -> Monotone:
-    torch.manual_seed(5)
-    return Monotone(n, rank=max(n // 2, 1), margin=0.3).double()
-
-
-def codes(scheme: eq.Scheme, n: int) -> QuantizedWeight:
-    return quantize_weight(monotone(n), scheme)
-
-
-def quantized(scheme: eq.Scheme, n: int = 7) -> Build:
-    return lambda dtype: codes(scheme, n).operator(torch.zeros(1, dtype=dtype))
-
-
-def convolved(channels: int, size: tuple[int, int], kernel: int = 3) -> Build:
-    def build(dtype: torch.dtype) -> MonotoneOperator:
-        torch.manual_seed(channels)
-        weights = MonotoneKernels((channels,), kernel, margin=0.3).to(dtype)
-        with torch.no_grad():
-            weights.a[0].fill_(1.5)
-            return TierOperator(
-                Kernels.of(tuple(k.detach() for k in weights().flat())), Geometry((channels,), (size,), 0)
-            )
-
-    return build
-
-
-OPERATORS: dict[str, Build] = {
-    "dense-1": dense(1, 0.3, 0),
-    "dense-2": dense(2, 1.7, 1),
-    "dense-5": dense(5, 0.2, 2, rank=2),
-    "dense-12": dense(12, 0.05, 3),
-    "dense-zero": lambda dtype: DenseOperator(torch.zeros(4, 4, dtype=dtype)),
-    "dense-no-margin": lambda dtype: DenseOperator(
-        matrix(4, 0.2, 5, gain=0.3).to(dtype) + 1.2 * torch.eye(4, dtype=dtype)
-    ),
-    "dense-large": lambda dtype: DenseOperator(matrix(6, 0.5, 4).to(dtype) * 1e3 - 1e4 * torch.eye(6, dtype=dtype)),
-    "mon-conv": convolved(2, (5, 6)),
-    "mon-conv-wide": convolved(1, (9, 9), 5),
-    "mon-conv-pixel": convolved(4, (1, 1), 1),
-    "transposed-mon-conv": lambda dtype: convolved(2, (5, 5))(dtype).transposed(),
-    "transposed": lambda dtype: dense(5, 0.2, 2)(dtype).transposed(),
-    "transposed-twice": lambda dtype: dense(5, 0.2, 2)(dtype).transposed().transposed(),
-    "transposed-quantized": lambda dtype: quantized(eq.Structured(2))(dtype).transposed(),
-    "transposed-cayley": lambda dtype: quantized(eq.Cayley(6))(dtype).transposed(),
-    "from-weights": lambda dtype: quantize_weight(Dense(matrix(5, 0.2, 9)), eq.Structured(4)).operator(
-        torch.zeros(1, dtype=dtype)
-    ),
-    **{f"{s.name}-{s.bits}-{s.granularity}": quantized(s) for s in SCHEMES},
-    "structured-one-feature": quantized(eq.Structured(2), n=1),
-    "compensated-one-feature": quantized(eq.Compensated(2), n=1),
-}
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -186,31 +110,51 @@ def test_pullback_is_the_gradient_of_its_form(operator: MonotoneOperator, dtype:
 # Constants
 
 
-def test_margin_is_proved_and_close(operator: MonotoneOperator) -> None:
+@pytest.fixture
+def loose(request: pytest.FixtureRequest) -> tuple[float, float]:
+    """Which part of itself the margin may be proved too small, and a norm too large."""
+    return LOOSE.get(request.node.callspec.params["build"], (0.0, 1e-11))
+
+
+def test_margin_is_proved_and_close(operator: MonotoneOperator, loose: tuple[float, float]) -> None:
     W = applied(operator)
     true, found = true_margin(W), operator.margin()
     # of the matrix multiplied by, and so of the stored one: what representation_error may cost is in it
     assert found <= true + 1e-14 * norm(W)
     slack = 2.1 * operator.representation_error + 1e-12 * max(norm(shifted(W)), 1.0)
-    assert found >= true - slack
+    assert found >= true - slack - loose[0] * true
 
 
-def test_lipschitz_is_proved_and_close(operator: MonotoneOperator) -> None:
+def test_lipschitz_is_proved_and_close(operator: MonotoneOperator, loose: tuple[float, float]) -> None:
     F = shifted(applied(operator))
     true, found = norm(F), operator.lipschitz()
     assert found >= true * (1 - 1e-14)
-    assert found <= true * (1 + 1e-11) + 2.1 * operator.representation_error
+    assert found <= true * (1 + loose[1]) + 2.1 * operator.representation_error
 
 
-def test_norms_are_proved_and_close(operator: MonotoneOperator) -> None:
+def test_norms_are_proved_and_close(operator: MonotoneOperator, loose: tuple[float, float]) -> None:
     W = applied(operator)
-    assert (
-        norm(W) * (1 - 1e-14) <= operator.norm() <= norm(W) * (1 + 1e-11) + 2.1 * operator.representation_error + 1e-300
-    )
+    true, open_by = norm(W), 2.1 * operator.representation_error + 1e-300
+    assert true * (1 - 1e-14) <= operator.norm() <= true * (1 + loose[1]) + open_by
     spread = norm(W.abs())
     assert operator.absolute_norm() >= spread * (1 - 1e-14)
     slack = 1e-9 + 2.1 * operator.features * operator.representation_error
     assert operator.absolute_norm() <= spread * math.sqrt(operator.features) + slack
+
+
+def test_bounds_of_both_steps_hold_or_are_none(operator: MonotoneOperator) -> None:
+    """``cayley_bound`` and ``forward_bound``, of which solvers make their proved factors."""
+    W = applied(operator)
+    eye = torch.eye(len(W), dtype=torch.float64)
+    for alpha in (0.05, 0.4, 1.0, 2.3, operator.best_alpha()):
+        C = 2 * torch.linalg.inv(eye + alpha * (eye - W)) - eye
+        for found, true in (
+            (operator.cayley_bound(alpha), norm(C)),
+            (operator.forward_bound(alpha), norm((1 - alpha) * eye + alpha * W)),
+        ):
+            cast = 2 * alpha * operator.representation_error  # it is of the stored numbers
+            assert found is None or true * (1 - 1e-12) - cast <= found < 1
+    assert operator.margin() <= 0 or operator.cayley_bound(operator.best_alpha()) is not None
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 6), exponent=st.integers(-6, 4))
@@ -304,9 +248,7 @@ def exact_matrix(weight: QuantizedWeight) -> list[list[object]]:
     n = weight.features
     eye = flint.fmpq_mat([[int(i == j) for j in range(n)] for i in range(n)])
     kind = type(weight).__name__
-    if kind == "AssembledWeight":
-        W = scaled(weight.codes)
-    elif kind == "StructuredWeight":
+    if kind == "StructuredWeight":
         A = scaled(weight.A)
         step, values = rational(float(weight.K.scale)), weight.K.codes.tolist()
         K = [[flint.fmpq(0)] * n for _ in range(n)]
@@ -323,9 +265,11 @@ def exact_matrix(weight: QuantizedWeight) -> list[list[object]]:
             for k, j in enumerate([j for j in range(n) if j != i]):
                 table[i][j] = int(off.codes[i, k]) * rational(float(scale[i, k]))
         W = flint.fmpq_mat(table)
-    else:
+    elif kind == "CayleyWeight":
         C = scaled(weight.C)
         W = eye - (eye - C) * (eye + C).inv() / rational(float(weight.alpha))
+    else:  # codes of W itself
+        W = scaled(weight.codes)
     return [[W[i, j] for j in range(n)] for i in range(n)]
 
 

@@ -18,8 +18,8 @@ from equipoise import plan
 from equipoise.data import Data, Preprocessing, Split
 from equipoise.errors import InputError, NotWellPosedError, OptionError, OutputError
 from equipoise.ladder import Findings, Ladder, Requirements, Rung, choose
+from equipoise.operators import schemes
 from equipoise.plan import build_ladder, check_fits
-from equipoise.quantization.schemes import SCHEMES
 
 RUNG_KEYS = [
     "scheme",
@@ -206,7 +206,7 @@ def test_figures_are_those_of_the_test_split(built: tuple[nn.Sequential, Data, L
 def test_the_choice_is_made_on_the_validation_split(built: tuple[nn.Sequential, Data, Ladder]) -> None:
     model, data, ladder = built
     for rung, evidence in zip(ladder.rungs, ladder.evidence, strict=True):
-        small = eq.quantize(model, SCHEMES[rung.scheme](bits=rung.bits))
+        small = eq.quantize(model, schemes()[rung.scheme](bits=rung.bits))
         proof = eq.certify(small, reference=model, inputs=data.validation.x)
         found = evidence.findings
         held_out = (small(data.validation.x).argmax(1) == data.validation.y).double().mean()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import equipoise as eq
+from catalogue import SCHEME_KINDS
 from equipoise.data import load_data
 from equipoise.errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError, StructureError
 from equipoise.layers import PreparedLinear
@@ -26,7 +27,6 @@ from problems import matrix, true_margin
 
 F64 = torch.float64
 D, N, RANK, CLASSES = 4, 7, 3, 5
-SCHEMES = [eq.Assembled, eq.Structured, eq.Compensated, eq.Cayley]
 
 
 def classifier(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Sequential:
@@ -118,7 +118,7 @@ def test_frozen_weights_stay() -> None:
 FULL = {"input_bits": 3, "bias_bits": 3, "head_bits": 3}
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 def test_only_training_with_gradients_fits(kind: Any) -> None:
     model = eq.prepare_qat(classifier(), kind(4, **FULL))
     step(model)
@@ -142,7 +142,7 @@ def test_only_training_with_gradients_fits(kind: Any) -> None:
     assert unchanged(model, before), "once per step"
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 @pytest.mark.parametrize("learn", [False, True])
 def test_evaluation_with_gradients_leaves_no_trace(kind: Any, learn: bool) -> None:
     """Constants of the weights at the old scales must not serve those at the new ones."""
@@ -161,7 +161,7 @@ def test_evaluation_with_gradients_leaves_no_trace(kind: Any, learn: bool) -> No
 
 
 @pytest.mark.parametrize("write", [lambda w: w.data.mul_(1.7), lambda w: w.mul_(1.7)])
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 def test_whatever_changes_in_evaluation_is_what_is_certified(kind: Any, write: Callable[[Tensor], None]) -> None:
     model = eq.prepare_qat(classifier(), kind(4, **FULL)).eval()
     x = torch.randn(3, D)
@@ -184,7 +184,7 @@ def test_a_scale_that_is_none_is_refused() -> None:
         eq.convert(model)
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 @pytest.mark.parametrize("learn", [False, True])
 def test_casts_change_the_numbers_but_not_the_codes(kind: Any, learn: bool) -> None:
     model = eq.prepare_qat(classifier(), kind(4, **FULL), learn)
@@ -244,7 +244,7 @@ OWN = st.sampled_from([None, 1, 2, 7, 16, 32])
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 9)),
     rank=st.sampled_from([0, 1, 2, None]),
-    kind=st.sampled_from(SCHEMES),
+    kind=st.sampled_from(SCHEME_KINDS),
     bits=st.sampled_from([1, 2, 3, 5, 8, 16, 32]),
     own=st.tuples(OWN, OWN, OWN),
     granularity=st.sampled_from(["tensor", "row"]),
@@ -280,7 +280,7 @@ def test_any_shape_and_any_bits(
         assert true_margin(converted[0].weight) >= 0.4 - 1e-4 * (1 + float(converted[0].weight.norm()))
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 def test_zeros_train(kind: Any) -> None:
     for learn in (False, True):
         model = classifier()
@@ -366,7 +366,7 @@ def test_options_out_of_place_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 @pytest.mark.parametrize(
     "name", ["0.recurrent.A", "0.recurrent.B", "0.injection.weight", "0.injection.bias", "1.weight"]
 )

@@ -9,27 +9,26 @@ import math
 import pytest
 
 from equipoise.errors import OptionError
+from equipoise.operators import scheme_from_dict, schemes
 from equipoise.quantization import (
-    SCHEMES,
     Assembled,
     Cayley,
     Compensated,
     Scheme,
     Structured,
-    scheme_from_dict,
     scheme_to_dict,
 )
 
 
 def test_scheme_defaults() -> None:
-    shown = {name: (kind(4).granularity, kind(4).scale) for name, kind in SCHEMES.items()}
+    shown = {name: (kind(4).granularity, kind(4).scale) for name, kind in schemes().items()}
     assert shown == {
         "assembled": ("tensor", "max"),
         "structured": ("tensor", "mse"),
         "compensated": ("tensor", "mse"),
         "cayley": ("row", "mse"),
     }
-    assert all(kind(4).name == name for name, kind in SCHEMES.items())
+    assert all(kind(4).name == name for name, kind in schemes().items())
     assert Compensated(bits=3).margin == 0.05
     assert Compensated(3).diagonal_bits == 16
     assert Cayley(8).alpha is None
@@ -55,7 +54,7 @@ def test_schemes_are_frozen_values() -> None:
         ({"scale": None}, "got None"),
     ],
 )
-@pytest.mark.parametrize("kind", SCHEMES.values())
+@pytest.mark.parametrize("kind", schemes().values())
 def test_scheme_options_out_of_range(kind: type[Scheme], options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         kind(4, **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
+from catalogue import SCHEME_KINDS
 from equipoise.errors import InputError, NotWellPosedError, OptionError, StructureError
 from equipoise.layers import QuantizedLinear
 from equipoise.operators import QuantizedWeight
@@ -19,7 +20,6 @@ from problems import true_margin
 
 F64 = torch.float64
 N, D, RANK, CLASSES = 5, 3, 2, 4
-SCHEMES = [eq.Assembled, eq.Structured, eq.Compensated, eq.Cayley]
 BITS = [*range(1, 17), 32]
 
 
@@ -42,7 +42,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 def test_a_quantized_layer_holds_codes_and_scales_only(kind: Any) -> None:
     model = classifier()
     state = eq.quantize(model, kind(3, input_bits=4, bias_bits=5, head_bits=6)).state_dict()
@@ -62,7 +62,7 @@ def test_a_quantized_layer_holds_codes_and_scales_only(kind: Any) -> None:
     assert torch.equal(kept["0.injection.weight"], model[0].injection.weight)
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_bits_are_honoured(kind: Any, bits: int) -> None:
     other = BITS[-1 - BITS.index(bits)]
@@ -111,7 +111,7 @@ def test_granularity_and_scale_rule_reach_every_part(granularity: str) -> None:
 # What it computes
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_quantized_model_computes_with_its_codes(kind: Any, dtype: torch.dtype) -> None:
     model = classifier(dtype)
@@ -164,7 +164,7 @@ def test_compensation_lowers_the_diagonal_only_where_it_must() -> None:
 # What is left alone
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 def test_the_original_is_left_as_it_was(kind: Any) -> None:
     model = classifier()
     x = torch.randn(4, D)
@@ -220,7 +220,7 @@ def _reloaded(model: nn.Module) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", SCHEME_KINDS)
 @pytest.mark.parametrize("cast", CASTS)
 def test_casts_and_copies_keep_codes_and_scales(kind: Any, cast: str) -> None:
     for bits in (3, 32):

@@ -13,37 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.activations import Activation, Linearized
+from catalogue import ACTIVATIONS, SOLVERS, VARIANTS
+from equipoise.activations import Activation
 from equipoise.errors import ConvergenceWarning
+from equipoise.linearized import Linearized
 from equipoise.operators import DenseOperator
 from equipoise.solvers import Problem, Solution, a_posteriori
 from problems import CATALOGUE, Case, equilibrium, exact_rows, matrix, true_margin
-
-SOLVERS: list[eq.Solver] = [
-    eq.ForwardBackward(),
-    eq.PeacemanRachford(),
-    eq.DouglasRachford(),
-    eq.Tseng(),
-    eq.Picard(),
-    eq.Anderson(),
-    eq.Broyden(),
-]
-VARIANTS: list[eq.Solver] = [
-    eq.Anderson(on=eq.ForwardBackward(), memory=3),
-    eq.Broyden(on=eq.DouglasRachford(), memory=2),
-    eq.Anderson(on=eq.Tseng()),
-    eq.Anderson(memory=1),
-]
-ACTIVATIONS: list[Activation] = [
-    eq.ReLU(),
-    eq.LeakyReLU(0.1),
-    eq.Tanh(),
-    eq.Sigmoid(),
-    eq.Softplus(),
-    eq.ELU(),
-    eq.Hardtanh(),
-    eq.SoftThreshold(0.3),
-]
 
 
 def layer_of(W: Tensor, activation: Activation, check: bool = True) -> eq.MonDEQ:

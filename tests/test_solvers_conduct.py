@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
+from catalogue import SOLVERS, VARIANTS
 from equipoise.activations import Activation
+from equipoise.bench.contenders import RACING as REGISTRY
 from equipoise.errors import ConvergenceError, ConvergenceWarning, OptionError
-from equipoise.solvers import SOLVERS as REGISTRY
 from equipoise.solvers import problem
 from equipoise.solvers.accelerated import Accelerated
 from problems import equilibrium, matrix
-from test_solvers import SOLVERS, VARIANTS, layer_of, name
+from test_solvers import layer_of, name
 
 PROVED = [solver for solver in SOLVERS if not isinstance(solver, eq.Picard)]
 

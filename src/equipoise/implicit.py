@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Activation, Linearized
+from .activations import Activation
 from .errors import ConvergenceError, ConvergenceWarning, StructureError
+from .linearized import Linearized
 from .operators import FixedPointMap, MonotoneOperator
 from .solvers import Problem, Solver, Tuning, iterate
 from .solvers.loop import Habit

@@ -20,8 +20,10 @@ from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionErr
 from .ladder import Evidence, Findings, Goal, Ladder, Requirements, Rung, Subject, choose
 from .layers.chain import chain, features_taken
 from .mixed import Menu, Parts, Trial, assign, check_budget, measure, parts_of, scheme_of
+from .operators import scheme_from_dict
+from .operators import schemes as known_schemes
 from .operators.contractive import UnfitSchemeError
-from .quantization.schemes import SCHEMES, Scheme, Structured, scheme_from_dict
+from .quantization.schemes import Scheme, Structured
 from .quantize import quantize, size
 
 __all__ = ["build_ladder", "check_fits"]
@@ -35,7 +37,7 @@ BATCH = 10_000
 def build_ladder(
     model: nn.Module,
     data: Data,
-    schemes: Iterable[str] = tuple(SCHEMES),
+    schemes: Iterable[str] | None = None,
     bits: Iterable[int] = range(8, 0, -1),
     requirements: Requirements = Requirements(),
     input_bits: int | None = None,
@@ -180,8 +182,8 @@ def _outputs(model: nn.Module) -> int | None:
     return None
 
 
-def _wanted(schemes: Iterable[str], bits: Iterable[int], input_bits: int | None) -> list[Scheme]:
-    names, widths = list(dict.fromkeys(schemes)), list(dict.fromkeys(bits))
+def _wanted(asked: Iterable[str] | None, bits: Iterable[int], input_bits: int | None) -> list[Scheme]:
+    names, widths = list(dict.fromkeys(known_schemes() if asked is None else asked)), list(dict.fromkeys(bits))
     wanted = [
         scheme_from_dict({"scheme": name, "bits": width, "input_bits": input_bits})
         for name in names

@@ -19,7 +19,8 @@ from .layers.multiscale_deq import MultiscaleDEQ
 from .operators import QuantizedWeight, quantize_weight
 from .operators.contractive import UnfitSchemeError
 from .operators.kernels import StructuredKernel
-from .operators.quantized_tiers import QuantizedTiers, quantize_tiers
+from .operators.quantized_tiers import QuantizedTiers
+from .operators.recipes import quantize_tiers
 from .parametrizations import ContractiveKernel, MonotoneKernels
 from .parametrizations.lipschitz import CappedKernel
 from .quantization.codes import QuantizedSkew, QuantizedTensor

@@ -17,10 +17,10 @@ from ..parametrizations import Contractive, Dense, Monotone, Weighted
 from .images import IMAGES
 from .multiscale import MULTISCALE
 from .options import read_options, read_scheme, write_options
-from .rows import ROW_WEIGHTS
+from .rows import row_weights
 from .tensors import Fields, TensorReader, TensorWriter, plain
 from .tiers import TIERS
-from .weights import LINEAR, WEIGHTS, Codec, read_module, write_module
+from .weights import LINEAR, Codec, monotone_weights, read_module, write_module
 
 __all__ = ["MODULES"]
 
@@ -28,20 +28,22 @@ __all__ = ["MODULES"]
 def _write_equilibrium(layer: EquilibriumLayer, out: TensorWriter) -> dict[str, Any]:
     return {
         "features": layer.features,
-        "recurrent": write_module(layer.recurrent, {**WEIGHTS, **ROW_WEIGHTS}, out.under("recurrent")),
+        "recurrent": write_module(layer.recurrent, monotone_weights() | row_weights(), out.under("recurrent")),
         "injection": write_module(layer.injection, LINEAR, out.under("injection")),
         **write_options(layer, out.where),
     }
 
 
 def _read_mondeq(fields: Fields, tensors: TensorReader) -> MonDEQ:
-    layer = _read_equilibrium(fields, tensors, WEIGHTS, lambda d, n, **options: MonDEQ(d, n, rank=0, **options))
+    layer = _read_equilibrium(
+        fields, tensors, monotone_weights(), lambda d, n, **options: MonDEQ(d, n, rank=0, **options)
+    )
     assert isinstance(layer, MonDEQ)
     return layer
 
 
 def _read_nemon(fields: Fields, tensors: TensorReader) -> NEMON:
-    layer = _read_equilibrium(fields, tensors, ROW_WEIGHTS, NEMON)
+    layer = _read_equilibrium(fields, tensors, row_weights(), NEMON)
     assert isinstance(layer, NEMON)
     return layer
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..activations import ACTIVATIONS, Activation, activation_from_dict
 from ..errors import FileFormatError, StructureError
 from ..layers.solving import SolvingLayer
-from ..quantization import SCHEMES, Scheme, scheme_from_dict, scheme_to_dict
-from ..solvers import SOLVERS, Rounded, Solver
+from ..operators import scheme_from_dict, schemes
+from ..quantization import Scheme, scheme_to_dict
+from ..solvers import SOLVERS, Solver
 from .tensors import Fields, plain
 
 __all__ = ["read_options", "read_scheme", "read_solver", "write_options", "write_scheme", "write_solver"]
 
-STORED: dict[str, type[Solver]] = {**SOLVERS, "Rounded": Rounded}
-"""Every solver a file can hold: those that need no options, and the one that does."""
+
+def _check_known(value: Any, what: str, where: str, table: Mapping[str, type], place: str) -> None:
+    """Raise :class:`StructureError` unless ``table`` has the very type of ``value`` under its name."""
+    name = type(value).__name__
+    if table.get(name) is not type(value):
+        raise StructureError(
+            f"the {what} {value!r}{where} cannot be saved; known: {', '.join(table)}. One of your own is made known, "
+            f'where it is saved and where it is loaded, by equipoise.{place}["{name}"] = {name}'
+        )
 
 
 def write_options(layer: SolvingLayer, where: str) -> dict[str, Any]:
@@ -42,8 +51,7 @@ def read_options(fields: Fields) -> dict[str, Any]:
 
 
 def _write_activation(activation: Activation, where: str) -> dict[str, Any]:
-    if type(activation) not in ACTIVATIONS.values():
-        raise StructureError(f"the activation {activation!r}{where} cannot be saved; known: {', '.join(ACTIVATIONS)}")
+    _check_known(activation, "activation", where, ACTIVATIONS, "activations.ACTIVATIONS")
     return {key: plain(value, where) for key, value in activation.to_dict().items()}
 
 
@@ -55,8 +63,7 @@ def _read_activation(fields: Fields) -> Activation:
 
 
 def write_solver(solver: Solver, where: str) -> dict[str, Any]:
-    if type(solver) not in STORED.values():
-        raise StructureError(f"the solver {solver!r}{where} cannot be saved; known: {', '.join(STORED)}")
+    _check_known(solver, "solver", where, SOLVERS, "solvers.SOLVERS")
     values = ((field.name, getattr(solver, field.name)) for field in dataclasses.fields(solver))
     options = {
         key: write_solver(value, where) if isinstance(value, Solver) else plain(value, where) for key, value in values
@@ -66,11 +73,11 @@ def write_solver(solver: Solver, where: str) -> dict[str, Any]:
 
 def read_solver(fields: Fields) -> Solver:
     name = fields.take("name", str)
-    if name not in STORED:
-        raise FileFormatError(f"{fields.where}: unknown solver {name!r}; known: {', '.join(STORED)}")
+    if name not in SOLVERS:
+        raise FileFormatError(f"{fields.where}: unknown solver {name!r}; known: {', '.join(SOLVERS)}")
     on = {"on": read_solver(fields.fields("on"))} if fields.holds("on", dict) else {}
     numbers = fields.options()
-    known = dataclasses.fields(STORED[name])
+    known = dataclasses.fields(SOLVERS[name])
     if missing := {f.name for f in known if f.default is dataclasses.MISSING} - {*numbers, *on}:
         raise FileFormatError(f"{fields.where}: {name} needs {', '.join(sorted(missing))}")
     if unknown := {*numbers, *on} - {field.name for field in known}:
@@ -78,15 +85,20 @@ def read_solver(fields: Fields) -> Solver:
     if numbers.get("on") is not None or any(type(v) not in (int, float, bool, type(None)) for v in numbers.values()):
         raise FileFormatError(f"{fields.where}: {name} takes numbers, and on a solver; got {numbers}")
     options: dict[str, Any] = {**numbers, **on}
-    return STORED[name](**options)
+    return SOLVERS[name](**options)
 
 
 def write_scheme(scheme: Scheme | None, where: str) -> dict[str, Any] | None:
     """The scheme a layer was quantized by, None for a float one."""
     if scheme is None:
         return None
-    if type(scheme) not in SCHEMES.values():
-        raise StructureError(f"the scheme {scheme!r}{where} cannot be saved; known: {', '.join(SCHEMES)}")
+    if type(scheme) not in schemes().values():
+        name = type(scheme).__name__
+        raise StructureError(
+            f"the scheme {scheme!r}{where} cannot be saved; known: {', '.join(schemes())}. One of your own is made "
+            f"known, where it is saved and where it is loaded, by equipoise.operators.RECIPES[{name}] = "
+            f"Recipe({name}Weight)"
+        )
     return scheme_to_dict(scheme)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from ..errors import FileFormatError, InputError
-from ..norms import WeightedMax
-from ..operators.contractive import AssembledRows, StructuredRows
+from ..operators import RECIPES, schemes
 from ..parametrizations import Contractive, ContractiveKernel, Weighted
 from ..parametrizations.nemon import check_gamma
 from .tensors import Fields, TensorReader, TensorWriter
-from .weights import Codec, filled, read_codes, write_codes
+from .weights import Codec, coded, filled
 
-__all__ = ["ROW_WEIGHTS", "check_family"]
+__all__ = ["check_family", "row_weights"]
 
 
 def _write_contractive(weights: Contractive, out: TensorWriter) -> dict[str, Any]:
@@ -50,39 +49,6 @@ def _read_weighted(fields: Fields, tensors: TensorReader) -> Weighted:
     return module
 
 
-def _write_assembled(weights: AssembledRows, out: TensorWriter) -> dict[str, Any]:
-    out.put("eta", weights.eta)
-    return {"bits": write_codes(weights.codes, out.under("codes"))}
-
-
-def _read_assembled(fields: Fields, tensors: TensorReader) -> AssembledRows:
-    n = fields.size("features")
-    codes = read_codes((n, n), fields.take("bits", int), tensors.under("codes"))
-    return AssembledRows(codes, _eta(n, fields, tensors))
-
-
-def _write_structured(weights: StructuredRows, out: TensorWriter) -> dict[str, Any]:
-    out.put("eta", weights.eta)
-    out.put("gamma", weights.gamma)
-    return {"bits": write_codes(weights.T, out.under("T"))}
-
-
-def _read_structured(fields: Fields, tensors: TensorReader) -> StructuredRows:
-    n = fields.size("features")
-    codes = read_codes((n, n), fields.take("bits", int), tensors.under("T"))
-    gamma = check_gamma(float(tensors.take("gamma", (), torch.float64)))
-    return StructuredRows(codes, _eta(n, fields, tensors), gamma)
-
-
-def _eta(n: int, fields: Fields, tensors: TensorReader) -> torch.Tensor:
-    eta = tensors.take("eta", (n,), torch.float32)
-    try:
-        WeightedMax(eta)
-    except InputError as error:
-        raise FileFormatError(f"{fields.where}: {error}") from error
-    return eta
-
-
 def check_family(module: Contractive | ContractiveKernel | Weighted, fields: Fields) -> None:
     try:
         module.family()
@@ -90,9 +56,13 @@ def check_family(module: Contractive | ContractiveKernel | Weighted, fields: Fie
         raise FileFormatError(f"{fields.where}: {error}") from error
 
 
-ROW_WEIGHTS = {
+FREE = {
     "contractive": Codec(Contractive, _write_contractive, _read_contractive),
     "weighted": Codec(Weighted, _write_weighted, _read_weighted),
-    "assembled_rows": Codec(AssembledRows, _write_assembled, _read_assembled),
-    "structured_rows": Codec(StructuredRows, _write_structured, _read_structured),
 }
+
+
+def row_weights() -> dict[str, Codec]:
+    """What a NEMON layer's recurrent weights may be: free tensors, or codes by a scheme that is made for them."""
+    found = ((f"{name}_rows", RECIPES[scheme].rows) for name, scheme in schemes().items())
+    return FREE | {name: coded(kind) for name, kind in found if kind is not None}

@@ -1,12 +1,12 @@
 """How weights are stored: linear modules and recurrent weights, as floats or as packed codes.
 
 ``write`` puts a module's tensors away under their state keys and returns its fields; ``read`` is its inverse and
-trusts nothing: sizes are compared with what the file holds before anything is allocated. A new kind of recurrent
-weights registers in ``WEIGHTS``.
+trusts nothing: sizes are compared with what the file holds before anything is allocated.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,14 +15,23 @@ from torch import Tensor, nn
 
 from ..errors import EquipoiseError, FileFormatError, StructureError
 from ..layers import PreparedLinear, QuantizedLinear
-from ..operators import PreparedWeight
-from ..operators.quantized import AssembledWeight, CayleyWeight, CompensatedWeight, StructuredWeight
+from ..operators import RECIPES, PreparedWeight, QuantizedWeight, schemes
 from ..parametrizations import Dense, Monotone
 from ..parametrizations.monotone import check_margin
 from ..quantization import QuantizedSkew, QuantizedTensor, pack, unpack
 from .tensors import FLOATS, Fields, TensorReader, TensorWriter
 
-__all__ = ["LINEAR", "WEIGHTS", "Codec", "filled", "read_codes", "read_module", "write_codes", "write_module"]
+__all__ = [
+    "LINEAR",
+    "Codec",
+    "coded",
+    "filled",
+    "monotone_weights",
+    "read_codes",
+    "read_module",
+    "write_codes",
+    "write_module",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -164,59 +173,90 @@ def _read_dense(fields: Fields, tensors: TensorReader) -> Dense:
     return Dense(tensors.take("weight", (n, n)))
 
 
-def _write_assembled(weights: AssembledWeight, out: TensorWriter) -> dict[str, Any]:
-    return {"bits": write_codes(weights.codes, out.under("codes"))}
+def coded(kind: type[QuantizedWeight]) -> Codec:
+    """Weights that are stored as the arguments of their constructor, each kept as an attribute of the same name: codes,
+    codes of a skew part, tensors and numbers, as its annotations say."""
+
+    def arguments() -> dict[str, Any]:
+        found = {name: a.annotation for name, a in inspect.signature(kind, eval_str=True).parameters.items()}
+        if unknown := [f"{name}: {what}" for name, what in found.items() if what not in PARTS]:
+            known = ", ".join(part.__name__ for part in PARTS)
+            raise StructureError(f"{kind.__name__} is made of {', '.join(unknown)}; files hold {known}")
+        return {name: PARTS[what] for name, what in found.items()}
+
+    def write(weights: QuantizedWeight, out: TensorWriter) -> dict[str, Any]:
+        return {name: put(getattr(weights, name), name, out) for name, (put, _) in arguments().items()}
+
+    def read(fields: Fields, tensors: TensorReader) -> QuantizedWeight:
+        n = fields.size("features")
+        parts = {name: take(fields.fields(name), name, tensors) for name, (_, take) in arguments().items()}
+        try:
+            weights = kind(**parts)
+        except EquipoiseError as error:
+            raise FileFormatError(f"{fields.where}: {error}") from error
+        if weights.features != n:
+            raise FileFormatError(f"{fields.where}: codes of {weights.features} features where {n} are needed")
+        return weights
+
+    return Codec(kind, write, read)
 
 
-def _read_assembled(fields: Fields, tensors: TensorReader) -> AssembledWeight:
-    n = fields.size("features")
-    return AssembledWeight(read_codes((n, n), fields.take("bits", int), tensors.under("codes")))
+def _write_part(codes: QuantizedTensor, name: str, out: TensorWriter) -> dict[str, Any]:
+    return {"bits": write_codes(codes, out.under(name)), "shape": list(codes.shape)}
 
 
-def _write_structured(weights: StructuredWeight, out: TensorWriter) -> dict[str, Any]:
-    out.put("margin", weights.margin)
-    return {
-        "rank": weights.A.shape[0],
-        "bits": write_codes(weights.A, out.under("A")),
-        "skew_bits": write_codes(weights.K.upper, out.under("K.upper")),
-    }
+def _read_part(fields: Fields, name: str, tensors: TensorReader) -> QuantizedTensor:
+    shape, bits = _shape(fields), fields.take("bits", int)
+    fields.close()
+    return read_codes(shape, bits, tensors.under(name))
 
 
-def _read_structured(fields: Fields, tensors: TensorReader) -> StructuredWeight:
-    n, rank = fields.size("features"), fields.size("rank", 0)
-    A = read_codes((rank, n), fields.take("bits", int), tensors.under("A"))
-    upper = read_codes((n * (n - 1) // 2,), fields.take("skew_bits", int), tensors.under("K.upper"))
-    margin = check_margin(float(tensors.take("margin", (), torch.float64)))
-    return StructuredWeight(A, QuantizedSkew(upper, n), margin)
+def _write_skew(codes: QuantizedSkew, name: str, out: TensorWriter) -> dict[str, Any]:
+    return {"bits": write_codes(codes.upper, out.under(f"{name}.upper")), "features": codes.shape[0]}
 
 
-def _write_compensated(weights: CompensatedWeight, out: TensorWriter) -> dict[str, Any]:
-    return {
-        "bits": write_codes(weights.off_diagonal, out.under("off_diagonal")),
-        "diagonal_bits": write_codes(weights.diagonal, out.under("diagonal")),
-    }
+def _read_skew(fields: Fields, name: str, tensors: TensorReader) -> QuantizedSkew:
+    n, bits = fields.size("features"), fields.take("bits", int)
+    fields.close()
+    upper = read_codes((n * (n - 1) // 2,), bits, tensors.under(f"{name}.upper"))
+    return QuantizedSkew(upper, n)
 
 
-def _read_compensated(fields: Fields, tensors: TensorReader) -> CompensatedWeight:
-    n = fields.size("features")
-    off_diagonal = read_codes((n, n - 1), fields.take("bits", int), tensors.under("off_diagonal"))
-    return CompensatedWeight(
-        off_diagonal, read_codes((n,), fields.take("diagonal_bits", int), tensors.under("diagonal"))
-    )
+def _write_tensor(tensor: Tensor, name: str, out: TensorWriter) -> dict[str, Any]:
+    out.put(name, tensor)
+    return {"shape": list(tensor.shape)}
 
 
-def _write_cayley(weights: CayleyWeight, out: TensorWriter) -> dict[str, Any]:
-    out.put("alpha", weights.alpha)
-    return {"bits": write_codes(weights.C, out.under("C"))}
+def _read_tensor(fields: Fields, name: str, tensors: TensorReader) -> Tensor:
+    shape = _shape(fields)
+    fields.close()
+    return tensors.take(name, shape)
 
 
-def _read_cayley(fields: Fields, tensors: TensorReader) -> CayleyWeight:
-    n = fields.size("features")
-    C = read_codes((n, n), fields.take("bits", int), tensors.under("C"))
-    alpha = float(tensors.take("alpha", (), torch.float64))
-    if alpha <= 0:
-        raise FileFormatError(f"{fields.where}: alpha is {alpha}; a Cayley transform has a positive one")
-    return CayleyWeight(C, alpha)
+def _write_number(value: Tensor, name: str, out: TensorWriter) -> dict[str, Any]:
+    out.put(name, value)
+    return {}
+
+
+def _read_number(fields: Fields, name: str, tensors: TensorReader) -> float:
+    fields.close()
+    return float(tensors.take(name, (), torch.float64))
+
+
+def _shape(fields: Fields) -> tuple[int, ...]:
+    sizes = fields.take("shape", list)
+    if not 1 <= len(sizes) <= 4:
+        raise FileFormatError(f"{fields.where}: shape has {len(sizes)} sizes; 1 to 4 are needed")
+    return tuple(Fields({"size": size}, f"{fields.where}: shape").size("size", 0) for size in sizes)
+
+
+PARTS: dict[Any, tuple[Callable[..., dict[str, Any]], Callable[[Fields, str, TensorReader], Any]]] = {
+    QuantizedTensor: (_write_part, _read_part),
+    QuantizedSkew: (_write_skew, _read_skew),
+    Tensor: (_write_tensor, _read_tensor),
+    float: (_write_number, _read_number),
+}
+"""What weights made of codes may consist of: how each is written and read."""
 
 
 def filled(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
@@ -235,11 +275,12 @@ LINEAR = {
     "linear": Codec(nn.Linear, _write_linear, _read_linear),
     "quantized_linear": Codec(QuantizedLinear, _write_quantized_linear, _read_quantized_linear),
 }
-WEIGHTS = {
+MONOTONE = {
     "monotone": Codec(Monotone, _write_monotone, _read_monotone),
     "dense": Codec(Dense, _write_dense, _read_dense),
-    "assembled": Codec(AssembledWeight, _write_assembled, _read_assembled),
-    "structured": Codec(StructuredWeight, _write_structured, _read_structured),
-    "compensated": Codec(CompensatedWeight, _write_compensated, _read_compensated),
-    "cayley": Codec(CayleyWeight, _write_cayley, _read_cayley),
 }
+
+
+def monotone_weights() -> dict[str, Codec]:
+    """What a MonDEQ's recurrent weights may be: free tensors, or codes by any of the schemes."""
+    return MONOTONE | {name: coded(RECIPES[scheme].weights) for name, scheme in schemes().items()}

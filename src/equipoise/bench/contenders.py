@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,10 @@ from torch.nn.functional import linear
 from ..layers import MonDEQ
 from ..solvers import SOLVERS, PeacemanRachford, Solver
 
-__all__ = ["OURS", "REFERENCE", "Answer", "Contender", "Solve", "library", "plain"]
+__all__ = ["OURS", "RACING", "REFERENCE", "Answer", "Contender", "Solve", "library", "plain"]
+
+RACING = {name: kind for name, kind in SOLVERS.items() if all(option.default is not MISSING for option in fields(kind))}
+"""Every solver of this library that needs no options."""
 
 
 class Answer(NamedTuple):
@@ -75,8 +78,8 @@ def library(layer: MonDEQ) -> list[Contender]:
         return lambda x: Answer(called(x), None)
 
     # Peaceman–Rachford leads the table; the rest follow in the library's own order.
-    names = sorted(SOLVERS, key=lambda name: name != REFERENCE)
-    contenders = [Contender(name, OURS, "tol", TOLERANCES, solving(SOLVERS[name]())) for name in names]
+    names = sorted(RACING, key=lambda name: name != REFERENCE)
+    contenders = [Contender(name, OURS, "tol", TOLERANCES, solving(RACING[name]())) for name in names]
     return [*contenders, Contender(f"{REFERENCE}, layer(x)", OURS, "tol", TOLERANCES, calling)]
 
 

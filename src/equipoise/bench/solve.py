@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import MissingExtraError
-from ..solvers import SOLVERS
-from .contenders import OURS, REFERENCE, Contender, library, plain
+from .contenders import OURS, RACING, REFERENCE, Contender, library, plain
 from .measure import Tracker
 from .network import Network, Setting, trained_network
 from .peers import FAMILY, peers
@@ -43,7 +42,7 @@ QUICK = Sizes(batches=((1, 8), (256, 1), (1000, 1)), rounds=5, warm_up_steps=100
 def measure(setting: Setting, tell: Tracker, sizes: Sizes | None = None) -> dict[str, Any]:
     """Every network's races; plain values, as JSON has them. Without torchdeq ``notes`` says so."""
     sizes = sizes or (QUICK if setting.quick else FULL)
-    tell.expect((len(sizes.batches) * (len(SOLVERS) + BESIDES) + 1) * (1 if setting.given is None else 2) + 1)
+    tell.expect((len(sizes.batches) * (len(RACING) + BESIDES) + 1) * (1 if setting.given is None else 2) + 1)
     tell("a network to measure on")
     trained = trained_network(setting.data, sizes.warm_up_steps)
     notes, measured = [], []

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..activations import Mirrored
 from ..errors import InputError, NotWellPosedError
 from ..layers.arguments import check_finite
 from ..layers.box import box_equilibrium, doubled
 from ..layers.chain import chain
 from ..layers.equilibrium import EquilibriumLayer
 from ..layers.linear import QuantizedLinear, affine64
+from ..linearized import Mirrored
 from ..norms import WeightedMax, best_family
 from ..operators import DenseOperator
 from .displacement import evaluated, softplus_fall

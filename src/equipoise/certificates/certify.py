@@ -20,7 +20,7 @@ from ..layers.mon_conv import MonotoneConvolution
 from ..layers.multiscale_deq import MultiscaleDEQ
 from ..operators import DenseOperator
 from . import displacement as moved
-from .convergence import layer_certificate, solver_rate
+from .convergence import layer_certificate
 from .convolutional import convolution_certificate
 from .fingerprint import fingerprint
 from .multiscale import multiscale_certificate
@@ -160,7 +160,7 @@ def _layer_certificate(
     layer: EquilibriumLayer, proofs: Proofs, reference: nn.Module | None, name: str, tol: float
 ) -> Certificate:
     operator = proofs.quantized
-    found = layer_certificate(layer, operator, solver_rate(layer.solver, operator), tol)
+    found = layer_certificate(layer, operator, tol)
     if reference is None or proofs.reference is None:
         return found
     change = perturbation(layer, operator, proofs.reference)

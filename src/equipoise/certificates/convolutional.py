@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..layers.convolutional import ConvolutionalLayer
-from ..operators.conv import ConvOperator
-from .convergence import kernel_rate, layer_certificate, tier_rate
+from .convergence import layer_certificate
 from .types import Certificate, finite_or_none
 from .wellposed import fresh_kernel
 
@@ -22,9 +21,7 @@ def convolution_certificate(layer: ConvolutionalLayer, reference: ConvolutionalL
     and of those multiplied by.
     """
     operator = fresh_kernel(layer)
-    solver = layer.solver
-    step = kernel_rate(solver, operator) if isinstance(operator, ConvOperator) else tier_rate(solver, operator)
-    found = layer_certificate(layer, operator, step, tol)
+    found = layer_certificate(layer, operator, tol)
     if reference is None:
         return found
     delta, sufficient = _change(operator, fresh_kernel(reference))

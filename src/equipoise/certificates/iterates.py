@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..activations import Activation, Hardtanh, LeakyReLU, ReLU, SoftThreshold
+from ..activations import ACTIVATIONS, PROVED, Activation, Hardtanh, LeakyReLU, ReLU, SoftThreshold
 from ..errors import InputError, NotWellPosedError, OptionError, StructureError
 from ..layers.chain import is_prepared
 from ..layers.linear import QuantizedLinear
@@ -254,12 +254,16 @@ class _Prox(NamedTuple):
 
 
 def _prox_rounding(activation: Activation, alpha: float, info: torch.finfo) -> _Prox:
-    if isinstance(activation, ReLU):
+    kind = type(activation)
+    if kind is ReLU:
         return _Prox(0.0, 0.0)
-    if isinstance(activation, (LeakyReLU, Hardtanh)):  # a slope or an end, rounded to the dtype
+    if kind in (LeakyReLU, Hardtanh):  # a slope or an end, rounded to the dtype
         return _Prox(4 * info.eps, 4 * info.tiny)
-    if isinstance(activation, SoftThreshold):
+    if kind is SoftThreshold:
+        assert isinstance(activation, SoftThreshold)
         return _Prox(2 * info.eps, 2 * info.eps * alpha * activation.threshold)
+    if kind not in PROVED:
+        raise StructureError(f"of {activation!r} no rounding is proved; iterate_floor knows {', '.join(ACTIVATIONS)}")
     if alpha != 1:
         raise OptionError(
             f"prox_αf of {activation} at α = {alpha:g} is found by iteration, and no rounding of it is proved; give "

@@ -40,7 +40,7 @@ def multiscale_certificate(
     lipschitz = finite_or_none(verified.up(1 + rate))
     alpha = model.solver_step()
     factor = None  # nothing is proved of Anderson and Broyden
-    if certified and isinstance(model.solver, Picard) and alpha <= 1:
+    if certified and type(model.solver) is Picard and alpha <= 1:
         factor = rate if alpha == 1 else verified.up(verified.up(1 - alpha) + verified.up(alpha * rate))
     if reference is not None:
         _check_match(model, reference)

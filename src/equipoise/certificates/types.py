@@ -40,6 +40,8 @@ class Certificate:
       ``inexact``: C2's 1/(1 − rate).
     - ``closed_rates``: the closed bounds at their best steps, by solver.
     - ``weight_condition`` >= κ_rel = ‖W̃‖₂/m̃ (T4).
+    - ``assumes``: what is not proved here and the rest depends on, in words; empty unless somebody's own activation was
+      registered.
 
     Of a multiscale network (theory §9) ``contraction`` >= ‖N‖₂, which bounds the Lipschitz constant of its map, and is
     its ``rate``; ``training_contraction`` counts the dropout of training in; ``scaled_rate`` holds in a norm that
@@ -74,6 +76,7 @@ class Certificate:
     family: str = "l2"
     measure: float | None = None
     arithmetic: str = ARITHMETIC
+    assumes: tuple[str, ...] = ()
     scheme: dict[str, Any] | None = None
     delta_norm: float | None = None
     sufficient: bool | None = None
@@ -102,6 +105,7 @@ class Certificate:
         step = "" if self.alpha is None else f" (α = {number(self.alpha)})"
         rows: list[tuple[str, str]] = [
             ("verdict", self.verdict),
+            ("provided that", "; ".join(self.assumes) or MISSING),
             ("measure μ_η(W), at most", MISSING if self.family == "l2" else at_most(self.measure, 6)),
             ("contraction ‖N‖₂, at most", at_most(self.contraction, 6)),
             ("contraction with dropout, at most", at_most(self.training_contraction, 6)),
@@ -171,6 +175,7 @@ def weakest(parts: tuple[Certificate, ...]) -> Certificate:
     return replace(
         least,
         certified=all(part.certified for part in parts),
+        assumes=tuple(dict.fromkeys(word for part in parts for word in part.assumes)),
         lipschitz=largest("lipschitz"),
         condition=largest("condition"),
         weight_condition=largest("weight_condition"),

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import ConvergenceWarning, NotWellPosedError, OptionError
+from ..activations import ACTIVATIONS, PROVED, flaw
+from ..errors import ConvergenceWarning, NotWellPosedError, OptionError, StructureError
 from ..layers.chain import any_layers, chain, equilibrium_layers
 from ..layers.convolutional import ConvolutionalLayer
 from ..layers.equilibrium import EquilibriumLayer, family_of
 from ..layers.linear import QuantizedLinear, affine64
 from ..norms import Euclidean
-from ..operators import DenseOperator, QuantizedWeight
+from ..operators import DenseOperator, QuantizedWeight, operator_of
 from ..operators.conv import ConvOperator
 from ..operators.dense import in_proving_norm
 from ..operators.quantized import AssembledWeight
@@ -39,20 +40,46 @@ __all__ = [
     "observe",
     "perturbation",
     "spectrum",
+    "vouched",
 ]
 
 
+def vouched(layer: EquilibriumLayer | ConvolutionalLayer) -> tuple[str, ...]:
+    """What a proof about this layer takes somebody's word for; nothing where its activation is this library's.
+
+    Raises:
+        StructureError: an activation that nobody vouches for (it is not in ``equipoise.activations.ACTIVATIONS``), or
+            that is seen to be no proximal map.
+    """
+    activation = layer.activation
+    kind = type(activation)
+    if kind in PROVED:
+        return ()
+    if kind not in ACTIVATIONS.values():
+        raise StructureError(
+            f"nothing is proved of the activation {activation!r}; if it is a proximal map (non-decreasing, slopes at "
+            "most 1) and errs by no more than its evaluation_error, vouch for it by "
+            f'equipoise.activations.ACTIVATIONS["{kind.__name__}"] = {kind.__name__}'
+        )
+    if (seen := flaw(activation)) is not None:
+        raise StructureError(f"{activation!r} is no proximal map of a scalar convex function: {seen}")
+    return (f"{activation!r} is a proximal map and errs by no more than its evaluation_error",)
+
+
 def fresh_operator(layer: EquilibriumLayer) -> DenseOperator:
-    """The layer's operator made anew from its stored tensors: no constant computed earlier is trusted."""
+    """The layer's operator made anew from its stored tensors: no constant computed earlier is trusted, and of the
+    activation nothing that is not :func:`vouched` for."""
+    vouched(layer)
     with torch.no_grad():
         if isinstance(layer.recurrent, QuantizedWeight):
-            return layer.recurrent.operator(layer.bias.detach())
+            return operator_of(layer.recurrent, layer.bias.detach())
         operator = DenseOperator(layer.recurrent().detach(), family=family_of(layer.recurrent))
         return in_proving_norm(operator) if isinstance(layer.recurrent, Dense) else operator
 
 
 def fresh_kernel(layer: ConvolutionalLayer) -> ConvOperator | TierOperator:
     """:func:`fresh_operator` of a convolutional layer; of NEMON its constants hold on images of any size."""
+    vouched(layer)
     with torch.no_grad():
         found: ConvOperator | TierOperator = copy.deepcopy(layer).operator  # type: ignore[assignment]
         return found

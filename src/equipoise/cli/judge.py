@@ -103,7 +103,7 @@ def asked(help: str) -> Any:
 def plan(
     file: Model,
     data: OnData,
-    schemes: Annotated[str, scheme_option(" Several with commas; default all four.")] = "",
+    schemes: Annotated[str, scheme_option(" Several with commas; default all.")] = "",
     bits: BitsList = "8-1",
     input_bits: InputBits = None,
     mixed: Annotated[
@@ -135,11 +135,10 @@ def plan(
     from ..files import load
     from ..ladder import Requirements
     from ..plan import build_ladder
-    from ..quantization.schemes import SCHEMES
     from ..report.terminal import ladder_table, ladder_words, pairs_table, rendered, waiting
 
     asked = Requirements(min_agreement, max_displacement, min_accuracy, max_bytes)
-    names = [name.strip().lower() for name in schemes.split(",")] if schemes else list(SCHEMES)
+    names = [name.strip().lower() for name in schemes.split(",")] if schemes else None
     widths = numbers("bits", bits, 32)
     for path in (out, report, save):
         if path is not None:

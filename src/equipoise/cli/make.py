@@ -86,7 +86,8 @@ def quantize(
     """
     from .._atomic import check_output
     from ..files import load
-    from ..quantization.schemes import scheme_from_dict, scheme_to_dict
+    from ..operators import scheme_from_dict
+    from ..quantization.schemes import scheme_to_dict
     from ..quantize import quantize as quantized
 
     further = {name: value for name, value in (("margin", margin), ("alpha", alpha)) if value is not None}

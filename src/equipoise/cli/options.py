@@ -237,13 +237,13 @@ class Rounding:
 
     def scheme(self, name: str | None, bits: int | None, target: float | None) -> Scheme | None:
         """The scheme of these options, None where there is none; options that were not given are None."""
-        from ..quantization.schemes import scheme_from_dict
+        from ..operators import scheme_from_dict
 
         given = self.given() if bits is None else {"bits": bits, **self.given()}
         if name is None:
             if given:
                 option = next(iter(given)).replace("_", "-")
-                raise OptionError(f"--{option} needs a --scheme: assembled, structured, compensated or cayley")
+                raise OptionError(f"--{option} needs a --scheme, such as structured")
             return None
         if name == "compensated" and target is not None:
             given["margin"] = target  # the scheme itself reaches it

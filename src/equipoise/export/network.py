@@ -94,7 +94,7 @@ def take_apart(model: nn.Module) -> Network:
             )
     if layer is None:
         raise StructureError(f"{type(model).__name__} has no equilibrium layer; there is nothing to export")
-    if not isinstance(layer.activation, ReLU):
+    if type(layer.activation) is not ReLU:  # of one derived from it nothing is proved
         raise StructureError(
             f"the activation {layer.activation!r} has no exact form in integers; networks with ReLU can be exported"
         )

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..activations import Mirrored
 from ..errors import StructureError
 from ..implicit import attach, equilibrate, report_failures
+from ..linearized import Mirrored
 from ..norms import WeightedMax
 from ..operators import DenseOperator
 from ..solvers import Problem, Solver, Tuning, tuned

@@ -115,13 +115,21 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
     """Refuse a module that says it is a ``kind`` but may compute something else: nothing would be proved of that."""
     inside = () if isinstance(module, nn.Sequential) else module.modules()
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inside))
-    if hooked or type(module).forward is not kind.forward or "forward" in vars(module):
-        what = "has forward hooks" if hooked else "has a forward of its own"
+    own = sorted(_overridden(type(module), kind)) if kind in (*EQUILIBRIUM, *CONVOLUTIONAL) else []
+    if hooked or own or type(module).forward is not kind.forward or "forward" in vars(module):
+        what = "has forward hooks" if hooked else f"has a {own[0] if own else 'forward'} of its own"
         where = f" at position {name!r}" if name else ""
         raise StructureError(
             f"{type(module).__name__}{where} {what}, so it may compute something else than {kind.__name__}; "
             f"remove them, or build the model of plain {kind.__name__} modules"
         )
+
+
+def _overridden(derived: type, kind: type) -> set[str]:
+    """What a class derived from a layer's ``kind`` does its own way, but for how it is shown and copied."""
+    between = derived.__mro__[: derived.__mro__.index(kind)]
+    names = {name for cls in between for name in vars(cls) if not name.startswith(("__", "_abc_"))}
+    return (names & set(dir(kind))) - {"extra_repr"}
 
 
 def equilibrium_layers(model: nn.Module, prepared: bool = False) -> list[tuple[str, EquilibriumLayer]]:

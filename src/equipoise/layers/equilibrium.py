@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .. import verified
 from ..activations import Activation
-from ..errors import InputError
+from ..errors import InputError, StructureError
 from ..implicit import equilibrate, report_failures
-from ..norms import EUCLIDEAN, Norm, WeightedMax
-from ..operators import DenseOperator, PreparedWeight, QuantizedWeight
+from ..norms import EUCLIDEAN, Euclidean, Norm, WeightedMax
+from ..operators import DenseOperator, PreparedWeight, QuantizedWeight, operator_of
 from ..operators.base import product_rounding
 from ..operators.dense import in_proving_norm
 from ..parametrizations import Dense
@@ -106,7 +106,7 @@ class EquilibriumLayer(SolvingLayer):
             if key not in kept:
                 weights = self.recurrent
                 codes = weights.quantized() if isinstance(weights, PreparedWeight) else weights
-                kept[key] = codes.operator(like)
+                kept[key] = operator_of(codes, like)
             operator: DenseOperator = kept[key]
             return operator
         if "family" not in kept:
@@ -327,6 +327,8 @@ def family_of(recurrent: nn.Module) -> Norm:
     """The norm in which these weights are well posed: their own, or the 2-norm."""
     family = getattr(recurrent, "family", None)
     found: Norm = EUCLIDEAN if family is None else family()
+    if type(found) not in (Euclidean, WeightedMax):  # of a norm from elsewhere nothing would be proved
+        raise StructureError(f"{type(recurrent).__name__}.family() is {found!r}; give WeightedMax(eta), or no family")
     return found
 
 

@@ -1,21 +1,26 @@
 """What a layer multiplies by: products, proved constants, resolvents and Cayley transforms."""
 
 from .base import FixedPointMap, MonotoneOperator
-from .contractive import RowWeight, quantize_weight
+from .contractive import RowWeight
 from .conv_norm import conv_norm
 from .dense import DenseOperator
 from .prepared import PreparedWeight
-from .prepared_rows import prepare_weight
 from .quantized import QuantizedWeight
+from .recipes import RECIPES, Recipe, operator_of, prepare_weight, quantize_weight, scheme_from_dict, schemes
 
 __all__ = [
+    "RECIPES",
     "DenseOperator",
     "FixedPointMap",
     "MonotoneOperator",
     "PreparedWeight",
     "QuantizedWeight",
+    "Recipe",
     "RowWeight",
     "conv_norm",
+    "operator_of",
     "prepare_weight",
     "quantize_weight",
+    "scheme_from_dict",
+    "schemes",
 ]

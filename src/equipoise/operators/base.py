@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import verified
 from ..errors import NotWellPosedError
-from ..norms import EUCLIDEAN, Norm
+from ..norms import EUCLIDEAN, Euclidean, Norm
 
 __all__ = [
     "FixedPointMap",
@@ -167,6 +167,26 @@ class MonotoneOperator(ABC):
     @abstractmethod
     def forward_norm(self, alpha: float) -> float:
         """‖(1 − α) I + α W‖₂ as computed, the factor of a forward step."""
+
+    def cayley_bound(self, alpha: float) -> float | None:
+        """A proved bound of ‖C_α‖₂ below 1, or None: the closed one √(1 − 4αm/(1 + 2αm + α²L²)) (theory §2 [G17]),
+        where the constants are of the 2-norm."""
+        m, reach = self.margin(), alpha * self.lipschitz()
+        if m <= 0 or not isinstance(self.family, Euclidean):
+            return None
+        square = 1 - 4 * alpha * m / (1 + 2 * alpha * m + reach * reach) * (1 - 1e-14)
+        bound = math.sqrt(max(square, 0.0)) * (1 + 1e-14) + 2.0**-52
+        return bound if bound < 1 else None
+
+    def forward_bound(self, alpha: float) -> float | None:
+        """A proved bound of ‖(1 − α) I + αW‖₂ below 1, or None: the closed one √(1 − 2αm + α²L²) (theory §2 [WK20])."""
+        m, reach = self.margin(), alpha * self.lipschitz()
+        if m <= 0 or not isinstance(self.family, Euclidean):
+            return None
+        whole = 1 + 2 * alpha * m + reach * reach  # its terms cancel, their roundings do not
+        square = max(1 - 2 * alpha * m + reach * reach, 0.0) + 2.0**-50 * whole
+        bound = math.sqrt(square) * (1 + 1e-14)
+        return bound if bound < 1 else None
 
     @abstractmethod
     def transposed(self) -> MonotoneOperator:

@@ -9,26 +9,23 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import verified
-from ..errors import InputError, OptionError, StructureError
+from ..errors import StructureError
 from ..norms import WeightedMax, perron
-from ..parametrizations import Contractive, Weighted
+from ..parametrizations.nemon import check_gamma
 from ..quantization.codes import QuantizedTensor
-from ..quantization.schemes import Assembled, Scheme, Structured
+from ..quantization.schemes import Assembled, Structured
 from .dense import DenseOperator
-from .quantized import QuantizedWeight
-from .quantized import quantize_weight as quantize_monotone
+from .quantized import QuantizedWeight, fits
 
 __all__ = [
-    "ROW_WEIGHTS",
     "AssembledRows",
     "RowWeight",
     "StructuredRows",
     "UnfitSchemeError",
     "lowered",
-    "quantize_weight",
     "stored_weights",
 ]
 
@@ -80,6 +77,7 @@ class AssembledRows(RowWeight):
 
     def __init__(self, codes: QuantizedTensor, eta: Tensor) -> None:
         super().__init__(eta)
+        fits(codes.shape, (self.features,) * 2)
         self.codes = codes
 
     @classmethod
@@ -111,8 +109,9 @@ class StructuredRows(RowWeight):
 
     def __init__(self, T: QuantizedTensor, eta: Tensor, gamma: float) -> None:
         super().__init__(eta)
+        fits(T.shape, (self.features,) * 2)
         self.T = T
-        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))
+        self.register_buffer("gamma", torch.tensor(check_gamma(gamma), dtype=torch.float64))
 
     @classmethod
     def quantize(cls, weights: Any, scheme: Structured) -> StructuredRows:
@@ -146,41 +145,6 @@ class StructuredRows(RowWeight):
     @property
     def packed_bytes(self) -> int:
         return self.T.packed_bytes + _bytes(self.eta) + _bytes(self.gamma)
-
-
-ROW_WEIGHTS: dict[type[Scheme], Any] = {Assembled: AssembledRows, Structured: StructuredRows}
-"""Which weights a scheme makes of a NEMON layer's: a new scheme registers here."""
-
-
-def quantize_weight(weights: nn.Module, scheme: Scheme) -> QuantizedWeight:
-    """Codes for the recurrent weights of any layer.
-
-    Raises:
-        OptionError: a scheme nobody knows.
-        StructureError: a scheme that is not made for these weights.
-        InputError: weights that are quantized already, or not finite.
-        NotWellPosedError: Structured on weights without a proved positive margin.
-    """
-    if not isinstance(weights, (Contractive, Weighted)):
-        return quantize_monotone(weights, scheme)
-    check_row_scheme(scheme)
-    if not all(bool(torch.isfinite(p).all()) for p in weights.parameters()):
-        raise InputError("the weights hold NaN or infinite entries; nothing can be quantized or proved")
-    with torch.no_grad():
-        made: QuantizedWeight = ROW_WEIGHTS[type(scheme)].quantize(weights, scheme)
-        return made
-
-
-def check_row_scheme(scheme: Scheme) -> None:
-    """Raise unless ``scheme`` is one for NEMON weights."""
-    if type(scheme) in ROW_WEIGHTS:
-        if getattr(scheme, "skew_bits", None) is not None:
-            raise OptionError("skew_bits are of a monDEQ's skew part; a NEMON layer has none: leave them out")
-        return
-    known = ", ".join(kind.__name__ for kind in ROW_WEIGHTS)
-    raise UnfitSchemeError(
-        f"{type(scheme).__name__} is a scheme for monotone layers; a NEMON layer is quantized by one of {known}"
-    )
 
 
 def lowered(W: Tensor, family: WeightedMax, ceiling: float) -> Tensor:

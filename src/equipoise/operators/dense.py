@@ -206,6 +206,27 @@ class DenseOperator(MonotoneOperator):
 
         return self.once(("forward_norm", alpha), compute)
 
+    def cayley_bound(self, alpha: float) -> float | None:
+        """A proved bound of ‖C_α‖₂ below 1, or None: of the stored Cayley matrix itself where one is, else of W's."""
+        matrix, error = self.matrix64()
+        if self.stored_cayley is not None and self.stored_cayley[0] == alpha:
+            C = self.stored_cayley[1]  # code times scale, rounded
+            bound: float | None = verified.spectral_norm(C, verified.UNIT * verified.absolute_norm(C))
+        else:
+            bound = verified.cayley_norm(matrix, alpha, error) if error < math.inf else None
+        return bound if bound is not None and bound < 1 else None
+
+    def forward_bound(self, alpha: float) -> float | None:
+        """A proved bound of ‖(1 − α) I + αW‖₂ below 1, or None."""
+        matrix, error = self.matrix64()
+        if error == math.inf:  # no matrix is known
+            return None
+        step = alpha * matrix + (1 - alpha) * torch.eye(self.features, dtype=torch.float64)
+        spread = verified.absolute_norm(matrix)
+        forming = 4 * verified.UNIT * (alpha * spread + abs(1 - alpha)) * (1 + 2.0**-45)
+        bound = verified.spectral_norm(step, verified.up(alpha * error * (1 + 2.0**-45) + forming))
+        return bound if bound < 1 else None
+
     def transposed_cayley_product(self, alpha: float) -> Product:
         """The product with C_αᵀ."""
         return MatrixProduct(self.cayley(alpha).mT)

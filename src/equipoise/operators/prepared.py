@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, OptionError
 from ..parametrizations import Dense, Monotone
-from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
+from ..quantization.schemes import Assembled, Cayley, Compensated, Structured
 from ..quantization.straight_through import FakeQuantize, Seen
 from .dense import DenseOperator
 from .quantized import (
@@ -28,7 +27,14 @@ from .quantized import (
     round_down,
 )
 
-__all__ = ["PREPARED", "PreparedMatrix", "PreparedWeight", "prepare_weight"]
+__all__ = [
+    "PreparedAssembled",
+    "PreparedCayley",
+    "PreparedCompensated",
+    "PreparedMatrix",
+    "PreparedStructured",
+    "PreparedWeight",
+]
 
 
 class PreparedWeight(nn.Module, ABC):
@@ -116,8 +122,8 @@ class PreparedStructured(PreparedWeight):
     weights: Monotone
 
     def __init__(self, weights: Monotone | Dense, scheme: Structured, learn_scale: bool) -> None:
-        if isinstance(weights, Dense):  # it has no A and B to train; these give the same W
-            A, K, margin = weights.factors()
+        if not isinstance(weights, Monotone):  # it has no A and B to train; these give the same W
+            A, K, margin = (weights if isinstance(weights, Dense) else Dense(weights())).factors()
             weights = Monotone.from_factors(A, K / 2, margin)
         super().__init__(weights, scheme, learn_scale)
         self.rounding_A = self._fake(weights.A)
@@ -218,30 +224,3 @@ class PreparedCayley(PreparedWeight):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
         self._alpha = float(self.alpha)
-
-
-PREPARED: dict[type[Scheme], type[PreparedWeight]] = {
-    Assembled: PreparedAssembled,
-    Structured: PreparedStructured,
-    Compensated: PreparedCompensated,
-    Cayley: PreparedCayley,
-}
-"""Which weights train for a scheme: a new scheme registers here."""
-
-
-def prepare_weight(weights: Monotone | Dense, scheme: Scheme, learn_scale: bool = False) -> PreparedWeight:
-    """``weights`` (shared, not copied) rounded by ``scheme`` in every forward pass.
-
-    Raises:
-        OptionError: a scheme nobody knows.
-        InputError: weights that are not finite.
-        NotWellPosedError: Structured on weights without structure and without a proved margin.
-    """
-    if type(scheme) not in PREPARED:
-        known = ", ".join(kind.__name__ for kind in PREPARED)
-        raise OptionError(f"{scheme!r} cannot be trained through; known: {known}")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.parameters()):
-        raise InputError("the weights hold NaN or infinite entries; nothing can be quantized or trained")
-    make: Any = PREPARED[type(scheme)]
-    prepared: PreparedWeight = make(weights, scheme, learn_scale)
-    return prepared

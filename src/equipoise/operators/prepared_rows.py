@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..norms import WeightedMax
 from ..parametrizations import Contractive, Weighted
-from ..quantization.schemes import Assembled, Scheme, Structured
-from .contractive import AssembledRows, StructuredRows, better_weights, check_row_scheme, lowered, stored_weights
+from ..quantization.schemes import Structured
+from .contractive import AssembledRows, StructuredRows, better_weights, lowered, stored_weights
 from .dense import DenseOperator
 from .prepared import PreparedMatrix, PreparedWeight
-from .prepared import prepare_weight as prepare_monotone
 
-__all__ = ["PREPARED_ROWS", "PreparedAssembledRows", "PreparedStructuredRows", "prepare_weight"]
+__all__ = ["PreparedAssembledRows", "PreparedStructuredRows"]
 
 
 class PreparedAssembledRows(PreparedMatrix):
@@ -75,23 +74,3 @@ class PreparedStructuredRows(PreparedWeight):
     def quantized(self) -> StructuredRows:
         gamma = float(self.weights.current_gamma())
         return StructuredRows(self.rounding.quantized(self.weights.T), self._eta().float(), gamma)
-
-
-PREPARED_ROWS: dict[type[Scheme], Any] = {Assembled: PreparedAssembledRows, Structured: PreparedStructuredRows}
-"""Which weights of a NEMON layer train for a scheme: a new scheme registers here."""
-
-
-def prepare_weight(weights: nn.Module, scheme: Scheme, learn_scale: bool = False) -> PreparedWeight:
-    """The weights of any layer (shared, not copied) rounded by ``scheme`` in every forward pass.
-
-    Raises:
-        OptionError: a scheme nobody knows.
-        StructureError: a scheme that is not made for these weights.
-        InputError: weights that are not finite.
-        NotWellPosedError: Structured on weights without structure and without a proved margin.
-    """
-    if not isinstance(weights, (Contractive, Weighted)):
-        return prepare_monotone(weights, scheme, learn_scale)  # type: ignore[arg-type]
-    check_row_scheme(scheme)
-    prepared: PreparedWeight = PREPARED_ROWS[type(scheme)](weights, scheme, learn_scale)
-    return prepared

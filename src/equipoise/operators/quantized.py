@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import InputError, NotWellPosedError, OptionError
+from ..errors import InputError, NotWellPosedError
 from ..parametrizations import Dense, Monotone
+from ..parametrizations.monotone import check_margin
 from ..quantization.codes import QuantizedSkew, QuantizedTensor, Stored
-from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
+from ..quantization.schemes import Assembled, Cayley, Compensated, Structured
 from .dense import DenseOperator, in_proving_norm
 
 __all__ = [
-    "WEIGHTS",
+    "AssembledWeight",
+    "CayleyWeight",
+    "CompensatedWeight",
     "QuantizedWeight",
+    "StructuredWeight",
     "compensated",
-    "quantize_weight",
+    "fits",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,6 +78,7 @@ class AssembledWeight(QuantizedWeight):
 
     def __init__(self, codes: QuantizedTensor) -> None:
         super().__init__()
+        fits(codes.shape, (codes.shape[0],) * 2)
         self.codes = codes
         self.features = codes.shape[0]
 
@@ -103,13 +108,15 @@ class StructuredWeight(QuantizedWeight):
 
     def __init__(self, A: QuantizedTensor, K: QuantizedSkew, margin: float) -> None:
         super().__init__()
+        fits(A.shape, (A.shape[0], K.shape[0]))
         self.A, self.K = A, K
         self.features = K.shape[0]
-        self.register_buffer("margin", torch.tensor(margin, dtype=torch.float64))
+        self.register_buffer("margin", torch.tensor(check_margin(margin), dtype=torch.float64))
 
     @classmethod
     def quantize(cls, weights: Monotone | Dense, scheme: Structured) -> StructuredWeight:
-        A, K, margin = weights.factors()
+        known = isinstance(weights, (Monotone, Dense))
+        A, K, margin = (weights if known else Dense(weights())).factors()
         codes = QuantizedTensor.fit(A, scheme.bits, scheme.granularity, scheme.scale)
         skew_bits = scheme.bits if scheme.skew_bits is None else scheme.skew_bits
         return cls(codes, QuantizedSkew.fit(K, skew_bits, scheme.scale), margin)
@@ -140,6 +147,9 @@ class CompensatedWeight(QuantizedWeight):
 
     def __init__(self, off_diagonal: QuantizedTensor, diagonal: QuantizedTensor) -> None:
         super().__init__()
+        n = diagonal.shape[0]
+        fits(diagonal.shape, (n,))
+        fits(off_diagonal.shape, (n, n - 1))
         self.off_diagonal, self.diagonal = off_diagonal, diagonal
         self.features = diagonal.shape[0]
 
@@ -185,6 +195,9 @@ class CayleyWeight(QuantizedWeight):
 
     def __init__(self, C: QuantizedTensor, alpha: float) -> None:
         super().__init__()
+        fits(C.shape, (C.shape[0],) * 2)
+        if not 0 < alpha < math.inf:
+            raise InputError(f"alpha is {alpha}; a Cayley transform has a positive one")
         self.C = C
         self.features = C.shape[0]
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
@@ -238,31 +251,10 @@ class CayleyWeight(QuantizedWeight):
         return self.C.packed_bytes + self.alpha.element_size()
 
 
-WEIGHTS: dict[type[Scheme], type[QuantizedWeight]] = {
-    Assembled: AssembledWeight,
-    Structured: StructuredWeight,
-    Compensated: CompensatedWeight,
-    Cayley: CayleyWeight,
-}
-"""Which weights a scheme makes: a new scheme registers here."""
-
-
-def quantize_weight(weights: nn.Module, scheme: Scheme) -> QuantizedWeight:
-    """Codes for the recurrent weights of a layer.
-
-    Raises:
-        OptionError: a scheme nobody knows.
-        InputError: weights that are quantized already, or not finite.
-        NotWellPosedError: Structured on weights without a proved positive margin.
-    """
-    if isinstance(weights, QuantizedWeight):
-        raise InputError("the layer is quantized already; quantize the float model it came from")
-    if type(scheme) not in WEIGHTS:
-        known = ", ".join(kind.__name__ for kind in WEIGHTS)
-        raise OptionError(f"unknown scheme {scheme!r}; known: {known}")
-    assert isinstance(weights, (Monotone, Dense))
-    with torch.no_grad():
-        return WEIGHTS[type(scheme)].quantize(weights, scheme)
+def fits(shape: tuple[int, ...], needed: tuple[int, ...]) -> None:
+    """Raise :class:`InputError` unless codes of ``shape`` are of the shape that is ``needed``."""
+    if tuple(shape) != needed:
+        raise InputError(f"codes {tuple(shape)} where {needed} fit")
 
 
 def _weight64(weights: Monotone | Dense) -> Tensor:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import verified
-from ..errors import InputError, OptionError
+from ..errors import InputError
 from ..parametrizations.convolution import Kernels, MonotoneKernels, assembled
 from ..quantization.codes import QuantizedTensor, Stored
-from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Structured
-from .contractive import UnfitSchemeError
+from ..quantization.schemes import Assembled, Compensated, Structured
 from .grids import Geometry
 from .quantized import compensated
 from .symbol_bounds import size
@@ -26,7 +25,6 @@ __all__ = [
     "QuantizedSkewKernel",
     "QuantizedTiers",
     "StructuredTiers",
-    "quantize_tiers",
 ]
 
 
@@ -214,40 +212,6 @@ class CompensatedTiers(QuantizedTiers):
 
     def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
         return _plain(self.kernel(), geometry, like)
-
-
-TIERS: dict[type[Scheme], Any] = {Structured: StructuredTiers, Assembled: AssembledTiers, Compensated: CompensatedTiers}
-"""Which weights a scheme makes of a convolutional monDEQ's: a new scheme registers here."""
-
-
-def quantize_tiers(weights: MonotoneKernels, scheme: Scheme, geometry: Geometry, like: Tensor) -> QuantizedTiers:
-    """Codes for the kernels of a convolutional monDEQ.
-
-    Raises:
-        StructureError: a scheme that is not made for these weights, by name.
-        OptionError: bits for U or b, which stay floats.
-        InputError: weights that are not finite.
-        NotWellPosedError: Compensated, where the diagonal's grid is too coarse for the target.
-    """
-    if type(scheme) not in TIERS:
-        why = "its Cayley transform has no small kernel" if isinstance(scheme, Cayley) else "nobody made it for kernels"
-        known = ", ".join(kind.__name__ for kind in TIERS)
-        raise UnfitSchemeError(
-            f"{type(scheme).__name__} does not fit a convolutional monDEQ: {why}; it is quantized by one of {known}"
-        )
-    if geometry.tiers > 1 and not isinstance(scheme, Structured):
-        raise UnfitSchemeError(
-            f"{type(scheme).__name__} does not fit a MultiTierMonDEQ: between its tiers W is no plain convolution; "
-            "it takes Structured"
-        )
-    for name, parts in (("input_bits", "codes of U"), ("bias_bits", "codes of b")):
-        if getattr(scheme, name) is not None:
-            raise OptionError(f"{name}={getattr(scheme, name)}: a convolutional layer has no {parts}; leave it out")
-    if not all(bool(torch.isfinite(p).all()) for p in weights.parameters()):
-        raise InputError("the kernels hold NaN or infinite entries; nothing can be quantized or proved")
-    with torch.no_grad():
-        made: QuantizedTiers = TIERS[type(scheme)].quantize(weights, scheme, geometry, like)
-        return made
 
 
 def _kernel64(weights: MonotoneKernels) -> Tensor:

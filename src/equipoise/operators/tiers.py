@@ -330,15 +330,12 @@ class TierOperator(MonotoneOperator):
         return max(norms)
 
     def cayley_bound(self, alpha: float) -> float | None:
-        """A proved bound of ‖C_α‖₂ below 1, or None: the closed one (theory §2), or of one tier the least ρ found with
-        ρ² (I + αF)ᴴ(I + αF) − (I − αF)ᴴ(I − αF) ⪰ 0 at every frequency."""
-        m, L = self.margin(), self.lipschitz()
-        if m <= 0:
+        """The closed bound, or of one tier the least ρ found with ρ² (I + αF)ᴴ(I + αF) − (I − αF)ᴴ(I − αF) ⪰ 0 at every
+        frequency."""
+        if self.margin() <= 0:
             return None
-        reach = alpha * L
-        square = 1 - 4 * alpha * m / (1 + 2 * alpha * m + reach * reach) * (1 - 1e-14)
-        closed = math.sqrt(max(square, 0.0)) * (1 + 1e-14) + 2.0**-52
-        if self.geometry.tiers == 1 and max(alpha, reach) < 1e100:  # whose square is no overflow
+        closed = super().cayley_bound(alpha)
+        if self.geometry.tiers == 1 and max(alpha, alpha * self.lipschitz()) < 1e100:  # whose square is no overflow
             values, error = self.diagonal(0)
             error = verified.up(error + self.representation_error)
             F = -values
@@ -346,26 +343,23 @@ class TierOperator(MonotoneOperator):
             guess = self.cayley_norm(alpha)
             for slack in (1e-6, 1e-4, 1e-3, 1e-2, 3e-2):
                 rho = guess + slack * (1 - guess)
-                if not rho < closed:
+                if not rho < (1 if closed is None else closed):
                     break
                 if bounds.contracts(F, alpha, rho, error):
                     return rho
-        return closed if closed < 1 else None
+        return closed
 
     def forward_bound(self, alpha: float) -> float | None:
-        """A proved bound of ‖(1 − α) I + αW‖₂ below 1, or None: √(1 − 2αm + α²L²), or of one tier by its symbols."""
-        m, L = self.margin(), self.lipschitz()
-        reach = alpha * L
-        whole = 1 + 2 * alpha * m + reach * reach  # its terms cancel, their roundings do not
-        found = math.sqrt(max(1 - 2 * alpha * m + reach * reach, 0.0) + 2.0**-50 * whole) * (1 + 1e-14)
-        if self.geometry.tiers == 1:
+        """The closed bound, or of one tier by its symbols."""
+        found = super().forward_bound(alpha)
+        if self.geometry.tiers == 1 and self.margin() > 0:
             values, error = self.diagonal(0)
             step = values * alpha
             step.diagonal(dim1=1, dim2=2).add_(1 - alpha)
             slip = bounds.rounding(step, values * alpha) + abs(1 - alpha) * 2 * verified.UNIT
             error = (error + self.representation_error) * alpha * (1 + 1e-14) + slip
-            found = min(found, spectra.norm(step, verified.up(error)))
-        return found if found < 1 else None
+            found = min(1.0 if found is None else found, spectra.norm(step, verified.up(error)))
+        return found if found is not None and found < 1 else None
 
     def forward_norm(self, alpha: float) -> float:
         def compute() -> float:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from .codes import QuantizedSkew, QuantizedTensor, code_dtype, pack, unpack
 from .rounding import fit_scale, levels, round_to_codes
 from .schemes import (
-    SCHEMES,
     Assembled,
     Cayley,
     Compensated,
     Scheme,
     Structured,
-    scheme_from_dict,
     scheme_to_dict,
 )
 
 __all__ = [
-    "SCHEMES",
     "Assembled",
     "Cayley",
     "Compensated",
@@ -29,7 +26,6 @@ __all__ = [
     "levels",
     "pack",
     "round_to_codes",
-    "scheme_from_dict",
     "scheme_to_dict",
     "unpack",
 ]

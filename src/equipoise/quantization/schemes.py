@@ -7,21 +7,18 @@ of the structure that gives the guarantee, or correct the matrix after rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, final
 
 from ..errors import OptionError
 from .rounding import Granularity, ScaleRule, check_bits, check_choice
 
 __all__ = [
-    "SCHEMES",
     "Assembled",
     "Cayley",
     "Compensated",
     "Scheme",
     "Structured",
-    "scheme_from_dict",
     "scheme_to_dict",
 ]
 
@@ -51,8 +48,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if type(self) is Scheme:
-            names = ", ".join(kind.__name__ for kind in SCHEMES.values())
-            raise TypeError(f"Scheme is abstract; choose one of {names}")
+            raise TypeError("Scheme is abstract; choose one such as Structured(bits=2)")
         check_bits(self.bits)
         for name in ("input_bits", "bias_bits", "head_bits"):
             if getattr(self, name) is not None:
@@ -136,37 +132,9 @@ class Cayley(Scheme):
             object.__setattr__(self, "alpha", _positive(self.alpha, "alpha"))
 
 
-SCHEMES: dict[str, type[Scheme]] = {
-    "assembled": Assembled,
-    "structured": Structured,
-    "compensated": Compensated,
-    "cayley": Cayley,
-}
-
-
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """Plain values for a file: ``{"scheme": name, "bits": ..., ...}``, every option spelled out."""
     return {"scheme": scheme.name, **asdict(scheme)}
-
-
-def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
-    """Inverse of :func:`scheme_to_dict`; options that are left out take their defaults.
-
-    Raises:
-        OptionError: unknown scheme, unknown option, no ``bits``, or a value outside its range.
-    """
-    options = dict(values)
-    name = options.pop("scheme", None)
-    kind = SCHEMES.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise OptionError(f"scheme must be one of {', '.join(SCHEMES)}; got {name!r}")
-    known = [field.name for field in fields(kind)]
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise OptionError(f"{name} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
-    if "bits" not in options:
-        raise OptionError(f"{name} needs bits: an integer from 1 to 16, or 32")
-    return kind(**options)
 
 
 def _positive(value: float, name: str) -> float:

@@ -13,6 +13,7 @@ from .trial import tuned
 from .tseng import Tseng
 
 __all__ = [
+    "PROVED",
     "SOLVERS",
     "Anderson",
     "Broyden",
@@ -36,5 +37,10 @@ __all__ = [
 ]
 
 SOLVERS: dict[str, type[Solver]] = {
-    cls.__name__: cls for cls in (ForwardBackward, PeacemanRachford, DouglasRachford, Tseng, Picard, Anderson, Broyden)
+    kind.__name__: kind
+    for kind in (ForwardBackward, PeacemanRachford, DouglasRachford, Tseng, Picard, Anderson, Broyden, Rounded)
 }
+"""The solvers that files know by name: one of your own is added by ``SOLVERS["Mine"] = Mine``."""
+
+PROVED = frozenset(SOLVERS.values())
+"""Those whose ``factor`` certificates print."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..norms import Euclidean
+from ..norms import Euclidean, WeightedMax
 from ..operators import FixedPointMap, MonotoneOperator
 from ..operators.base import golden_section
-from .loop import Solver, Tuning
+from .loop import Solver, Tuning, proved_factor
 from .problem import Problem
 
 __all__ = ["ForwardBackward", "ForwardBackwardMap", "best_forward_step"]
@@ -65,6 +65,13 @@ class ForwardBackward(Solver):
         rate = operator.forward_norm(alpha)
         margin = operator.margin()
         return Tuning(alpha, rate if margin > 0 else None, rate / (alpha * margin) if margin > 0 else None)
+
+    def factor(self, operator: MonotoneOperator, alpha: float) -> float | None:
+        """‖(1 − α) I + αW‖₂; in a weighted maximum norm 1 − αm for α <= α* (theory §2, §7 [JDPB21])."""
+        if not isinstance(operator.family, WeightedMax):
+            return operator.forward_bound(alpha)
+        reach = alpha * operator.margin()
+        return proved_factor(max(1 - reach, 0.0)) if reach > 0 and alpha <= operator.averaging_step() else None
 
     def map(self, problem: Problem, tuning: Tuning) -> ForwardBackwardMap:
         return ForwardBackwardMap(problem, tuning.alpha)

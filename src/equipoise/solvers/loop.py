@@ -24,7 +24,7 @@ from ..norms import lengths
 from ..operators import FixedPointMap, MonotoneOperator
 from .problem import Equation
 
-__all__ = ["Habit", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate"]
+__all__ = ["Habit", "Solver", "State", "Stop", "Tuning", "Verdict", "check_alpha", "iterate", "proved_factor"]
 
 Stop = Literal["bound", "residual"]
 
@@ -89,6 +89,14 @@ class Solver(ABC):
     def tune(self, operator: MonotoneOperator) -> Tuning:
         """Step, rate and gain for this operator; called once per weights."""
 
+    def factor(self, operator: MonotoneOperator, alpha: float) -> float | None:
+        """A bound of the factor by which one step of length ``alpha`` shrinks the distance to the equilibrium, derived
+        from the operator's proved constants with every rounding counted; None where nothing is proved.
+
+        Certificates print it of this library's solvers only: of others they would have to take its word.
+        """
+        return None
+
     @abstractmethod
     def map(self, problem: Any, tuning: Tuning) -> FixedPointMap:
         """The fixed-point map this solver iterates on a :class:`Problem`; some solvers take a :class:`MapProblem`."""
@@ -107,6 +115,12 @@ class Solver(ABC):
             for field in fields(self)
         }
         return {"name": type(self).__name__, **options}
+
+
+def proved_factor(value: float) -> float | None:
+    """A factor that a closed formula of a dozen roundings gave, rounded up; None unless it is below 1."""
+    bound = value * (1 + 2.0**-45) + 2.0**-52
+    return bound if bound < 1 else None
 
 
 def check_alpha(alpha: float | None, owner: str) -> None:

@@ -12,9 +12,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ..norms import Euclidean
+from ..norms import Euclidean, WeightedMax
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Solver, Tuning
+from .loop import Solver, Tuning, proved_factor
 from .problem import Problem
 
 __all__ = ["DouglasRachford", "PeacemanRachford", "PeacemanRachfordMap"]
@@ -94,6 +94,19 @@ class _Reflection(Solver):
         rate = None if norm is None else 1 - self.relaxation + self.relaxation * norm
         gain = (1 + alpha * operator.lipschitz()) / (2 * alpha * margin * self.relaxation)
         return Tuning(alpha, rate, gain)
+
+    def factor(self, operator: MonotoneOperator, alpha: float) -> float | None:
+        """‖C_α‖₂, and for a relaxation θ 1 − θ + θ‖C_α‖₂; in a weighted maximum norm (1 − αm)/(1 + αm) in its place for
+        α <= α*, and at a longer step ‖C_α‖₂ still, in the 2-norm (theory §2, §7 [G17, JDPB21])."""
+        norm: float | None
+        if not isinstance(operator.family, WeightedMax) or alpha > operator.averaging_step():
+            norm = operator.cayley_bound(alpha)
+        else:
+            reach = alpha * operator.margin()
+            norm = proved_factor(max(1 - reach, 0.0) / (1 + reach)) if reach > 0 else None
+        if norm is None or self.relaxation == 1:
+            return norm
+        return proved_factor(1 - self.relaxation + self.relaxation * norm)
 
     def map(self, problem: Problem, tuning: Tuning) -> PeacemanRachfordMap:
         return PeacemanRachfordMap(problem, tuning.alpha, self.relaxation)

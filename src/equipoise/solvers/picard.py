@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..norms import WeightedMax, WeightedSum
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Solver, Tuning
+from .loop import Solver, Tuning, proved_factor
 from .problem import MapProblem, Problem
 
 __all__ = ["AveragedMap", "DualMap", "Picard"]
@@ -96,6 +96,15 @@ class Picard(Solver):
         rate = 1 - alpha + alpha * norm if norm < 1 and alpha <= 1 else None
         margin = operator.margin()
         return Tuning(alpha, rate, norm / (alpha * margin) if margin > 0 else None)
+
+    def factor(self, operator: MonotoneOperator, alpha: float) -> float | None:
+        """1 − α + α‖W‖₂ for α <= 1; in a weighted maximum norm 1 − α min(m, 1) for α <= α* (theory §2, §7)."""
+        if not isinstance(operator.family, WeightedMax):
+            return proved_factor(1 - alpha + alpha * operator.norm()) if alpha <= 1 else None
+        margin = operator.margin()
+        return (
+            proved_factor(1 - alpha * min(margin, 1.0)) if margin > 0 and alpha <= operator.averaging_step() else None
+        )
 
     def map(self, problem: Problem | MapProblem, tuning: Tuning) -> FixedPointMap:
         if isinstance(problem, MapProblem):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Activation, Linearized
+from ..activations import Activation
+from ..linearized import Linearized
 from ..operators import FixedPointMap, MonotoneOperator
 
 __all__ = ["Equation", "MapProblem", "Problem"]

@@ -9,8 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..activations import Linearized
 from ..errors import OptionError
+from ..linearized import Linearized
 from ..operators import FixedPointMap, MonotoneOperator
 from .forward_backward import ForwardBackward, ForwardBackwardMap
 from .loop import Solver, State, Tuning
@@ -60,7 +60,7 @@ class Rounded(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.on, SPLITTINGS):
+        if type(self.on) not in SPLITTINGS:  # what is proved is of these, not of what may be derived from them
             given = type(self.on).__name__ if isinstance(self.on, Solver) else repr(self.on)
             names = ", ".join(f"{kind.__name__}()" for kind in SPLITTINGS)
             raise OptionError(f"Rounded acts on a splitting that is proved to contract, one of {names}; not on {given}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..norms import WeightedMax
 from ..operators import FixedPointMap, MonotoneOperator
-from .loop import Solver, Tuning
+from .loop import Solver, Tuning, proved_factor
 from .problem import Problem
 
 __all__ = ["Tseng", "TsengMap"]
@@ -54,6 +56,14 @@ class Tseng(Solver):
             return Tuning(alpha, None, None)
         # 1 − αm is what the linear part suggests; it plans when to look and is not a bound
         return Tuning(alpha, max(1 - alpha * margin, 0.1), 1 / (alpha * margin) + reach / (1 - reach))
+
+    def factor(self, operator: MonotoneOperator, alpha: float) -> float | None:
+        """√(1 − pq/(p + q)) with p = 1 − α²L², q = 2αm, from its descent inequality and strong monotonicity (theory §2
+        [T00]): of the distance to the equilibrium; between other points the map need not contract."""
+        if isinstance(operator.family, WeightedMax) or operator.margin() <= 0:
+            return None
+        p, q = 1 - (alpha * operator.lipschitz()) ** 2 * (1 + 2.0**-45), 2 * alpha * operator.margin()
+        return proved_factor(math.sqrt(max(1 - p * q / (p + q), 0.0))) if p > 0 else None
 
     def map(self, problem: Problem, tuning: Tuning) -> TsengMap:
         return TsengMap(problem, tuning.alpha)
