@@ -68,14 +68,18 @@ def write_up(bench: Bench, results: Mapping[str, Any]) -> Reproduction:
     rows = [row for section in sections for row in section.comparisons]
     same = sum(row.why.startswith("The same") for row in rows)
     network = "the published network" if subject.published else "another network than the published one"
+    others = (
+        "each of the others has a sentence on why it differs"
+        if subject.published
+        else "--checkpoint with the released file compares the network itself"
+    )
     return Reproduction(
         name="li2026",
         title=published.TITLE,
         citation=published.CITATION,
         headline=f"The published experiments, run again on {network}.",
         summary=(
-            f"{same} of {len(rows)} published figures come out the same to the digits printed; each of the others has"
-            " a sentence on why it differs."
+            f"{same} of {len(rows)} published figures come out the same to the digits printed, on {network}; {others}."
         ),
         facts=(
             ("Network", f"{subject.features} units, rank {subject.rank}, {subject.source}"),
