@@ -79,7 +79,7 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
     program: Any = typer.main.get_command(app)
     for name, command in program.commands.items():
         section = built[built.index(f'id="equipoise-{name}"') :].split("<h2", 1)[0]
-        shown = set(re.findall(r"<code>(--?[\w-]+)</code>", section))
+        shown = set(re.findall(r"<code>(--?[\w-]+)", section))
         assert shown == {option for each in command.params for option in each.opts if option.startswith("-")} | {
             option for each in command.params for option in each.secondary_opts
         }
@@ -184,3 +184,10 @@ def test_the_search_finds_a_function(address: str, tab: Tab) -> None:
         time.sleep(0.1)
     assert tab.value(found) > 3
     assert "isplacement" in tab.text(".md-search-result__list")
+
+
+def test_a_prompt_is_not_copied_with_its_command(address: str, tab: Tab) -> None:
+    tab.open(address + "index.html")
+    code = "document.querySelector('code:has(.gp)')"
+    assert tab.value(f"{code}.innerText").startswith("$ equipoise")
+    assert tab.value(f"{code}.setAttribute('data-md-copying', ''), {code}.innerText").startswith("equipoise")

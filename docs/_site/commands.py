@@ -17,7 +17,7 @@ MARK = "<!-- On the site every command follows, with its options: docs/_site/com
 
 
 def reference() -> str:
-    """A section per command: what it does, and its options in tables, one per box of its ``--help``."""
+    """A section per command: what it does, and its options in lists, one per box of its ``--help``."""
     program: Any = typer.main.get_command(app)
     return "\n\n".join(_section(name, command) for name, command in program.commands.items())
 
@@ -31,8 +31,8 @@ def _section(name: str, command: Any) -> str:
     for each in arguments + options:
         boxes.setdefault(getattr(each, "rich_help_panel", None) or "", []).append(each)
     for title, members in boxes.items():
-        rows = [f"| {_names(each)} | {_text(each.help or '')}{_default(each)} |" for each in members]
-        parts.append("\n".join((f"| {_text(title) or 'option'} | |", "|---|---|", *rows)))
+        items = [f"- {_names(each)}: {_text(each.help or '')}{_default(each)}" for each in members]
+        parts += [f"**{_text(title)}**" if title else "", "\n".join(items)]
     return "\n\n".join(parts)
 
 
@@ -40,9 +40,8 @@ def _names(parameter: Any) -> str:
     """How it is written, with what it takes."""
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar or parameter.name.upper()}`"
-    names = ", ".join(f"`{each}`" for each in (*parameter.opts, *parameter.secondary_opts))
-    value = "" if parameter.is_flag else parameter.metavar or parameter.display_type(ctx=None)
-    return f"{names} `{value}`" if value else names
+    value = "" if parameter.is_flag else " " + (parameter.metavar or parameter.display_type(ctx=None))
+    return ", ".join(f"`{each}{value}`" for each in (*parameter.opts, *parameter.secondary_opts))
 
 
 def _default(parameter: Any) -> str:
@@ -56,4 +55,4 @@ def _default(parameter: Any) -> str:
 
 def _text(words: str) -> str:
     """Words of the program as Markdown: what would be markup there is none."""
-    return html.escape(words, quote=False).replace("*", r"\*").replace("|", r"\|")
+    return html.escape(words, quote=False).replace("*", r"\*")
