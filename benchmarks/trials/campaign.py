@@ -43,6 +43,9 @@ SPECIAL = {
 """What makes its own subjects: share of the indices, function ``(rng, ledger)``. LAYERS WHOSE TRUTHS ARE FOUND IN A
 WAY OF THEIR OWN REGISTER HERE."""
 
+STEPS = 60
+"""Of equilibria that certificates of those find."""
+
 
 def trial(seed: int, index: int, faults: Mapping[str, float] | None = None) -> tuple[str, Ledger]:
     """(what network it was, the books about it)."""
@@ -53,7 +56,7 @@ def trial(seed: int, index: int, faults: Mapping[str, float] | None = None) -> t
         draw = rng.random()
         for name, (share, function) in SPECIAL.items():
             if draw < share:
-                with torch.no_grad():
+                with torch.no_grad(), _hurried(STEPS):
                     _tried(ledger, function, rng, ledger)
                 return name, ledger
             draw -= share
