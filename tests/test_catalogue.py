@@ -9,21 +9,27 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 import equipoise as eq
 from catalogue import ACTIVATIONS_KNOWN, OPERATORS, SCHEMES, SOLVERS
 from equipoise import activations, operators, solvers
 from equipoise.cli.options import scheme_option
+from equipoise.cli.reproduce import PaperName
+from equipoise.files import _MODELS
 from equipoise.layers.border import Bordered
 from equipoise.layers.chain import CONVOLUTIONAL, EQUILIBRIUM
 from equipoise.layers.convolutional import ConvolutionalLayer
 from equipoise.layers.equilibrium import EquilibriumLayer
+from equipoise.layers.multiscale_deq import MultiscaleDEQ
+from equipoise.layers.solving import SolvingLayer
 from equipoise.linearized import Linearized, Mirrored
 from equipoise.operators import DenseOperator, MonotoneOperator, PreparedWeight, QuantizedWeight
 from equipoise.operators.conv import ConvOperator
 from equipoise.operators.dense import TransposedOperator
 from equipoise.operators.recipes import PROVED, RECIPES
 from equipoise.report.canvas import MARKERS
+from equipoise.reproduce import PAPERS
 
 MADE_OF_OTHERS = {Linearized, Mirrored, Bordered}
 """Activations that nobody asks for by name."""
@@ -77,7 +83,9 @@ def test_every_operator_is_in_the_catalogue() -> None:
     assert {DenseOperator, TransposedOperator} <= found
 
 
-def test_every_layer_is_in_the_chain() -> None:
+def test_every_layer_is_in_the_chain_and_in_files() -> None:
+    kinds = {*ours(SolvingLayer), *ours(MultiscaleDEQ)} - {EquilibriumLayer}
+    assert kinds | {nn.Sequential} == {codec.module for codec in _MODELS.values()}
     assert set(ours(EquilibriumLayer)) == set(EQUILIBRIUM)
     assert set(ours(ConvolutionalLayer)) == set(CONVOLUTIONAL)
 
@@ -90,3 +98,7 @@ def test_what_a_table_names_is_public(table: dict[str, type]) -> None:
         assert kind.__name__ == name
         assert getattr(eq, name) is kind
         assert name in eq.__all__
+
+
+def test_every_paper_can_be_asked_for() -> None:
+    assert {paper.value for paper in PaperName} == set(PAPERS)

@@ -27,6 +27,8 @@ from .certificates.fingerprint import fingerprint
 from .certificates.types import Certificate
 from .data import Preprocessing
 from .errors import DataNotFoundError, EquipoiseError, FileFormatError, InputError, StructureError
+from .layers.multiscale_deq import MultiscaleDEQ
+from .layers.solving import SolvingLayer
 
 __all__ = ["load", "read_certificate", "save"]
 
@@ -34,8 +36,8 @@ VERSION = 1
 KEY = "equipoise"
 """The metadata entry that tells our files; one alone, since their order in a file is not determined."""
 
-_KINDS = "mondeq", "nemon", "nemon_conv", "mon_conv", "multi_tier", "lipschitz_mdeq", "mdeq", "sequential"
-_MODELS = {kind: MODULES[kind] for kind in _KINDS}
+_KINDS = SolvingLayer, MultiscaleDEQ, nn.Sequential
+_MODELS = {kind: codec for kind, codec in MODULES.items() if issubclass(codec.module, _KINDS)}
 
 
 def save(

@@ -38,7 +38,16 @@ __all__ = [
 
 SOLVERS: dict[str, type[Solver]] = {
     kind.__name__: kind
-    for kind in (ForwardBackward, PeacemanRachford, DouglasRachford, Tseng, Picard, Anderson, Broyden, Rounded)
+    for kind in (
+        ForwardBackward,
+        PeacemanRachford,
+        DouglasRachford,
+        Tseng,
+        Picard,
+        Anderson,
+        Broyden,
+        Rounded,
+    )
 }
 """The solvers that files know by name: one of your own is added by ``SOLVERS["Mine"] = Mine``."""
 
