@@ -13,7 +13,7 @@ from equipoise.augmentation import Augmentation, usual_augmentation
 from equipoise.data import Preprocessing, load_data
 from equipoise.errors import OptionError
 from equipoise.training import TrainingConfig, fit
-from trainings import explicit, same
+from trainings import explicit, same, stopped
 
 COLOUR = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), scale=255.0, input_shape=(3, 7, 5))
 GREY = Preprocessing(mean=0.3, std=0.4, scale=16.0, input_shape=(8, 8))
@@ -90,22 +90,8 @@ def test_a_resumed_training_sees_the_same_images(tmp_path: Path) -> None:
     config = TrainingConfig(3, accelerator="cpu", augment=usual_augmentation("digits"))
     whole, parts, plain = explicit(), explicit(), explicit()
     fit(whole, digits, config, progress=False)
-
-    class Stop(Exception):
-        pass
-
-    steps = 0
-
-    def stop(module: torch.nn.Module, given: object) -> None:
-        nonlocal steps
-        steps += module.training
-        if steps == 14:
-            raise Stop
-
-    handle = parts.register_forward_pre_hook(stop)
-    with pytest.raises(Stop):
-        fit(parts, digits, config, tmp_path, progress=False)
-    handle.remove()
+    with pytest.raises(InterruptedError):
+        fit(stopped(parts, 14), digits, config, tmp_path, progress=False)
     again = explicit()
     fit(again, digits, config, tmp_path, progress=False, resume=True)
     assert same(again, whole)

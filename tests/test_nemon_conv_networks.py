@@ -19,6 +19,7 @@ from equipoise.operators.conv import ConvOperator
 from equipoise.operators.kernels import StructuredKernel
 from equipoise.presets import Sizes, convolutional, preset_of
 from equipoise.training import TrainingConfig, fit
+from trainings import stopped
 
 
 def network(seed: int = 0, channels: int = 3, gamma: float = 0.8) -> nn.Sequential:
@@ -197,22 +198,8 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole, parts = (convolutional(data, channels=3) for _ in range(2))
     config = TrainingConfig(2, 256)
     fit(whole, data, config, tmp_path / "whole", progress=False)
-
-    class Stop(Exception):
-        pass
-
-    steps = 0
-
-    def stop(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        nonlocal steps
-        steps += module.training
-        if steps == 8:  # five a epoch
-            raise Stop
-
-    handle = parts.register_forward_pre_hook(stop)
-    with pytest.raises(Stop):
-        fit(parts, data, config, tmp_path / "parts", progress=False)
-    handle.remove()
+    with pytest.raises(InterruptedError):
+        fit(stopped(parts, 8), data, config, tmp_path / "parts", progress=False)
     again = convolutional(data, channels=3)
     fit(again, data, config, tmp_path / "parts", progress=False, resume=True)
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):

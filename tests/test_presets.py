@@ -17,7 +17,7 @@ from equipoise.errors import OptionError
 from equipoise.jobs import Job
 from equipoise.presets import KINDS, Sizes, preset_of
 from equipoise.training import TrainingConfig, fit
-from trainings import STEPS, explicit, same
+from trainings import STEPS, explicit, same, stopped
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +54,8 @@ def test_networks_on_images_go_on_where_they_stopped(kind: str, digits: Data, tm
     config = preset.config("digits", True, epochs=2, batch_size=30, accelerator="cpu")
     whole, parts, again = (preset.build(part, Sizes()) for _ in range(3))
     fit(whole, part, config, progress=False)
-    steps = 0
-
-    def stop(module: torch.nn.Module, given: object) -> None:
-        nonlocal steps
-        steps += module.training
-        if steps == 5:  # three an epoch
-            raise InterruptedError
-
-    handle = parts.register_forward_pre_hook(stop)
     with pytest.raises(InterruptedError):
-        fit(parts, part, config, tmp_path, progress=False)
-    handle.remove()
+        fit(stopped(parts, 5), part, config, tmp_path, progress=False)
     fit(again, part, config, tmp_path, progress=False, resume=True)
     assert same(again, whole)
 

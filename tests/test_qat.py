@@ -21,6 +21,7 @@ from equipoise.parametrizations import Dense
 from equipoise.quantization import fit_scale
 from equipoise.quantization.straight_through import FakeQuantize
 from problems import matrix, true_margin
+from trainings import one_step
 
 F64 = torch.float64
 D, N, RANK, CLASSES = 4, 7, 3, 5
@@ -74,19 +75,6 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def learnable(scheme: eq.Scheme, dtype: torch.dtype = torch.float32, learn: bool = False) -> nn.Module:
     return eq.prepare_qat(classifier(dtype), scheme, learn)
-
-
-def step(model: nn.Module, rate: float = 5e-2, seed: int = 0) -> None:
-    """One step of gradient descent, in whatever mode the model is."""
-    generator = torch.Generator().manual_seed(seed)
-    first = next(m for m in model.modules() if hasattr(m, "in_features"))
-    x = torch.randn(8, first.in_features, generator=generator, dtype=F64).to(next(model.parameters()).dtype)
-    model.zero_grad()
-    model(x).square().mean().backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.grad is not None:
-                p -= rate * p.grad / (1e-12 + p.grad.norm()) * (1 + p.norm())
 
 
 # Bit for bit
@@ -327,7 +315,7 @@ def test_a_structured_margin_survives_every_step(bits: int, learn: bool) -> None
     layer = eq.MonDEQ(D, N, rank=RANK, margin=0.25, strict=True, learn_margin=learn)
     model = eq.prepare_qat(layer.double(), eq.Structured(bits, skew_bits=9 - bits), learn_scale=learn)
     for seed in range(5):
-        step(model, 0.5, seed)
+        one_step(model, 0.5, seed)
         converted = eq.convert(model)
         m, K = float(model.recurrent.weights.current_margin().detach()), converted.recurrent.K.dequantize()
         assert torch.equal(K, -K.mT)
@@ -345,7 +333,7 @@ def test_a_compensated_target_is_kept(bits: int, dtype: torch.dtype) -> None:
         scheme = eq.Compensated(bits, margin=0.1, diagonal_bits=diagonal_bits)
         model = eq.prepare_qat(eq.MonDEQ(D, N, strict=True).to(dtype), scheme)
         for seed in range(3):
-            step(model, 0.2, seed)
+            one_step(model, 0.2, seed)
             W = model.weight.detach()  # as in the next forward pass
             converted = eq.convert(model)
             assert torch.equal(converted.weight, W)
@@ -361,7 +349,7 @@ def test_solves_converge_wherever_a_margin_is_proved(kind: Any) -> None:
         model = eq.prepare_qat(eq.MonDEQ(D, N, rank=RANK, margin=0.5).double(), kind(2 + seed % 3))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            step(model, 0.05, seed)
+            one_step(model, 0.05, seed)
         if eq.margin(eq.convert(model)) > 0.01:
             proved += 1
             model.recurrent()  # fits the scales
@@ -373,6 +361,6 @@ def test_solves_converge_wherever_a_margin_is_proved(kind: Any) -> None:
 
 def test_a_learned_margin_learns() -> None:
     model = eq.prepare_qat(eq.MonDEQ(D, N, learn_margin=True), eq.Structured(2))
-    step(model)
+    one_step(model)
     assert model.recurrent.weights.raw_margin.grad != 0
     assert eq.convert(model).recurrent.margin != pytest.approx(0.2, abs=1e-4)

@@ -24,6 +24,7 @@ from equipoise.operators import PreparedWeight
 from equipoise.parametrizations import Monotone
 from equipoise.plan import build_ladder
 from problems import matrix, true_margin
+from trainings import one_step
 
 F64 = torch.float64
 D, N, RANK, CLASSES = 4, 7, 3, 5
@@ -32,19 +33,6 @@ D, N, RANK, CLASSES = 4, 7, 3, 5
 def classifier(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Sequential:
     options = {"rank": RANK, "margin": 0.3} | options
     return nn.Sequential(eq.MonDEQ(D, N, **options), nn.Linear(N, CLASSES)).to(dtype)
-
-
-def step(model: nn.Module, rate: float = 5e-2, seed: int = 0) -> None:
-    """One step of gradient descent, in whatever mode the model is."""
-    generator = torch.Generator().manual_seed(seed)
-    first = next(m for m in model.modules() if hasattr(m, "in_features"))
-    x = torch.randn(8, first.in_features, generator=generator, dtype=F64).to(next(model.parameters()).dtype)
-    model.zero_grad()
-    model(x).square().mean().backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.grad is not None:
-                p -= rate * p.grad / (1e-12 + p.grad.norm()) * (1 + p.norm())
 
 
 def scales(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +54,7 @@ def test_parts_without_bits_stay_the_parameters_they_were() -> None:
         name.replace("recurrent.", "recurrent.weights.") for name, _ in plain.named_parameters()
     ]
     before = copy.deepcopy(model)
-    step(model)
+    one_step(model)
     converted = eq.convert(model)
     for one, other, stored in zip(
         (*model[0].injection.parameters(), *model[1].parameters()),
@@ -84,7 +72,7 @@ def test_one_part_rounded_leaves_the_other_float(option: str, rounded: str) -> N
     injection = model[0].injection
     assert isinstance(injection, PreparedLinear)
     before = {name: p.detach().clone() for name, p in injection.named_parameters()}
-    step(model)
+    one_step(model)
     for name, p in injection.named_parameters():
         assert not torch.equal(p, before[name])
         value = (model[0].input_weight if name == "weight" else model[0].bias).detach()
@@ -97,7 +85,7 @@ def test_the_original_is_left_alone() -> None:
     state = copy.deepcopy(plain.state_dict())
     model = eq.prepare_qat(plain, eq.Structured(2, input_bits=2, bias_bits=2, head_bits=2))
     assert not any(module.training for module in model.modules())
-    step(model.train())
+    one_step(model.train())
     assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
     assert not any(isinstance(m, (PreparedWeight, PreparedLinear)) for m in plain.modules())
 
@@ -107,7 +95,7 @@ def test_frozen_weights_stay() -> None:
     plain[0].recurrent.requires_grad_(False)
     model = eq.prepare_qat(plain, eq.Structured(2, input_bits=2))
     before = model[0].weight.detach().clone()
-    step(model)
+    one_step(model)
     assert torch.equal(model[0].weight, before)
     assert not torch.equal(model[0].input_weight, eq.convert(eq.prepare_qat(plain, eq.Structured(2)))[0].input_weight)
 
@@ -121,7 +109,7 @@ FULL = {"input_bits": 3, "bias_bits": 3, "head_bits": 3}
 @pytest.mark.parametrize("kind", SCHEME_KINDS)
 def test_only_training_with_gradients_fits(kind: Any) -> None:
     model = eq.prepare_qat(classifier(), kind(4, **FULL))
-    step(model)
+    one_step(model)
     before, x = scales(model), torch.randn(3, D)
     with torch.no_grad():
         model(x)
@@ -147,7 +135,7 @@ def test_only_training_with_gradients_fits(kind: Any) -> None:
 def test_evaluation_with_gradients_leaves_no_trace(kind: Any, learn: bool) -> None:
     """Constants of the weights at the old scales must not serve those at the new ones."""
     model = eq.prepare_qat(classifier(tol=1e-7), kind(4, **FULL), learn)
-    step(model, 0.3)
+    one_step(model, 0.3)
     twin, x = copy.deepcopy(model), torch.randn(6, D)
     model.eval()
     model(x)
@@ -188,7 +176,7 @@ def test_a_scale_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("learn", [False, True])
 def test_casts_change_the_numbers_but_not_the_codes(kind: Any, learn: bool) -> None:
     model = eq.prepare_qat(classifier(), kind(4, **FULL), learn)
-    step(model)
+    one_step(model)
     for cast in (nn.Module.double, nn.Module.float):
         codes = eq.convert(model).state_dict()
         converted = eq.convert(cast(model))
@@ -199,7 +187,7 @@ def test_casts_change_the_numbers_but_not_the_codes(kind: Any, learn: bool) -> N
         if kind is eq.Cayley:
             assert torch.equal(state["0.recurrent.alpha"], codes["0.recurrent.alpha"])
             assert model[0].recurrent._alpha == float(model[0].recurrent.alpha)
-        step(model)
+        one_step(model)
         model(torch.randn(2, D, dtype=next(model.parameters()).dtype))
         assert torch.equal(eq.convert(model)[0].weight, model[0].weight)
 
@@ -224,8 +212,8 @@ def check(model: nn.Module, scheme: eq.Scheme, learn: bool = False) -> nn.Module
     x = torch.randn(3, layers[0].in_features, dtype=next(model.parameters()).dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        step(prepared, 0.05, 0)
-        step(prepared, 0.05, 1)
+        one_step(prepared, 0.05, 0)
+        one_step(prepared, 0.05, 1)
         prepared(x)
         used = [(m.weight.detach(), m.input_weight.detach(), m.bias.detach()) for m in layers]
         converted = eq.convert(prepared).eval()
@@ -298,7 +286,7 @@ def test_a_skew_part_that_begins_at_zero_wakes(learn: bool) -> None:
     model = eq.prepare_qat(layer, eq.Structured(3), learn)
     assert isinstance(model.recurrent.weights, Monotone)
     for seed in range(3):
-        step(model, 0.1, seed)
+        one_step(model, 0.1, seed)
     model.recurrent()
     assert eq.convert(model).recurrent.K.dequantize().norm() > 0.05
 

@@ -70,7 +70,7 @@ def test_skew_of_no_entries(n: int) -> None:
         ([[1e-30, 1.0], [-1.0, 0.0]], "not skew-symmetric"),
         ([[0.0, 1.0], [math.nan, 0.0]], "not skew-symmetric"),
         ([[0.0, math.inf], [-math.inf, 0.0]], "finite"),
-        ([[0.0, 1.0]], r"square; got shape \(1, 2\)"),
+        ([[0.0, 1.0]], r"skew matrix is \(1, 2\); it is square"),
         ([0.0], "square"),
     ],
 )

@@ -333,7 +333,7 @@ def test_a_cast_leaves_the_scale_alone(cast: Callable[[nn.Module], nn.Module], l
         ({"bits": 0}, "1 to 16, or 32"),
         ({"bits": 17}, "1 to 16, or 32"),
         ({"bits": 2, "granularity": "column"}, "granularity"),
-        ({"bits": 2, "rule": "mean"}, "scale must be one of"),
+        ({"bits": 2, "rule": "mean"}, "scale is 'mean'; it is one of"),
         ({"bits": 2, "part": "diagonal"}, "part"),
     ],
 )

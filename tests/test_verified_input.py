@@ -132,7 +132,7 @@ def test_entries_that_are_not_finite_are_counted(function: object) -> None:
     with pytest.raises(InputError, match=r"^\w+: 3 of 9 entries are not finite"):
         function(X)
     for bad in (torch.eye(3, dtype=torch.int64), torch.ones(3), torch.ones(2, 3, 3)):
-        with pytest.raises(InputError, match="need a"):
+        with pytest.raises(InputError, match=r"a .* is needed"):
             function(bad)
 
 

@@ -260,7 +260,9 @@ class SoftThreshold(Activation):
     threshold: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(0 <= _number(self.threshold) < math.inf, f"SoftThreshold threshold is {self.threshold}; it must be >= 0")
+        _check(
+            0 <= _number(self.threshold) < math.inf, f"SoftThreshold threshold is {self.threshold}; it is not negative"
+        )
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.prox(v, 1.0)

@@ -212,7 +212,7 @@ _INF = torch.tensor(math.inf, dtype=torch.float64)
 def _exact(W: Tensor) -> Tensor:
     """``W (m, n)`` in float64 on the CPU, exactly, a copy."""
     if W.dtype not in (torch.float32, torch.float64) or W.ndim != 2:
-        raise InputError(f"a float matrix of 32 or 64 bits is needed; got {tuple(W.shape)}, {W.dtype}")
+        raise InputError(f"W is {tuple(W.shape)}, {W.dtype}; a float matrix of 32 or 64 bits is needed")
     if bad := int((~torch.isfinite(W)).sum()):
         raise InputError(f"{bad} of {W.numel()} entries are not finite; remove NaN and inf first")
     return W.detach().to("cpu", torch.float64, copy=True)

@@ -207,7 +207,7 @@ def product_rounding(
     if bad:
         raise InputError(f"product_rounding: {bad} of {w_norms.numel()} w_norms are negative or NaN; see row_norms")
     if not (W_abs_norm >= 0 and k >= 0):
-        raise OptionError(f"product_rounding: need W_abs_norm >= 0 and k >= 0, got {W_abs_norm} and {k}")
+        raise OptionError(f"product_rounding: W_abs_norm is {W_abs_norm} and k {k}; both are at least 0")
     tiny, rows = (TINY if unit == UNIT else 2.0**-126), (k if outputs is None else outputs)
     # flushed: up to 2k results an output, entries of w (they meet columns of |W|) and of W (they meet |w|)
     slope = gamma(k, unit) * W_abs_norm + 2 * tiny * math.sqrt(rows * k)
@@ -337,14 +337,14 @@ def _row_norms(X: Tensor, sign: float) -> Tensor:
 def _matrix(name: str, X: Tensor, kind: str = "", finite: bool = True) -> Tensor:
     """``X`` in float64 on the CPU, exactly; ``kind`` is "", "square" or "symmetric"."""
     if X.dtype not in (torch.float32, torch.float64) or X.dim() != 2 or (kind and X.shape[0] != X.shape[1]):
-        raise InputError(f"{name}: need a {kind} float matrix, 32 or 64 bits; got {tuple(X.shape)}, {X.dtype}")
+        raise InputError(f"{name}: {tuple(X.shape)}, {X.dtype}; a {kind} float matrix of 32 or 64 bits is needed")
     X = X.detach().cpu()
     bad = X.numel() - int(torch.isfinite(X).sum())
     if bad and finite:
         raise InputError(f"{name}: {bad} of {X.numel()} entries are not finite; remove NaN and inf first")
     if kind == "symmetric" and not bad and not torch.equal(X, X.T):
         off = float((X - X.T).abs().max())
-        raise InputError(f"{name}: H must be exactly symmetric, H − Hᵀ reaches {off:.3g}; pass (H + H.T) / 2")
+        raise InputError(f"{name}: H − Hᵀ reaches {off:.3g}; an exactly symmetric H is needed: pass (H + H.T) / 2")
     return X if X.dtype == torch.float64 else _with_denormals(X.double(), X.view(torch.int32), 23, -149)
 
 
@@ -375,14 +375,14 @@ def _plus_identity(Y: Tensor, e: int) -> tuple[Tensor, float]:
 
 def _distance(error: float) -> float:
     if not error >= 0:
-        raise OptionError(f"error is a 2-norm distance: need error >= 0, got {error}")
+        raise OptionError(f"error is {error}; it is a 2-norm distance, at least 0")
     positive = bool(torch.tensor(error, dtype=torch.float64).view(torch.int64) & _MAGNITUDE)
     return max(float(error), TINY) if positive else 0.0
 
 
 def _step(name: str, alpha: float) -> tuple[float, int]:
     if not TINY <= alpha < math.inf:
-        raise OptionError(f"{name}: need a step 0 < alpha < inf, got {alpha}")
+        raise OptionError(f"{name}: alpha is {alpha}; it is a step, a finite number above 0")
     return math.frexp(alpha)
 
 

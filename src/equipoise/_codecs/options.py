@@ -83,7 +83,7 @@ def read_solver(fields: Fields) -> Solver:
     if unknown := {*numbers, *on} - {field.name for field in known}:
         raise FileFormatError(f"{fields.where}: {name} has no option {', '.join(map(ascii, sorted(unknown)))}")
     if numbers.get("on") is not None or any(type(v) not in (int, float, bool, type(None)) for v in numbers.values()):
-        raise FileFormatError(f"{fields.where}: {name} takes numbers, and on a solver; got {numbers}")
+        raise FileFormatError(f"{fields.where}: {name} has {numbers}; it takes numbers, and on a solver")
     options: dict[str, Any] = {**numbers, **on}
     return SOLVERS[name](**options)
 

@@ -56,8 +56,8 @@ class IterateFloor:
         displacement = certificate.displacement
         if displacement is None or certificate.layers or displacement.shape != self.value.shape:
             raise InputError(
-                f"the certificate must hold the displacement of one equilibrium layer at the same {len(self.value)} "
-                "inputs: certify(model, reference, inputs)"
+                f"the certificate holds no displacement of one equilibrium layer at the same {len(self.value)} "
+                "inputs; it comes from certify(model, reference, inputs)"
             )
         return (self.value + displacement) * SLACK
 

@@ -23,7 +23,7 @@ def check_margin(margin: float) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"margin is {margin!r}; it must be a finite number above 0 (0.1 to 1 is usual)")
+        raise OptionError(f"margin is {margin!r}; it is a finite number above 0 (0.1 to 1 is usual)")
     return value
 
 
@@ -48,7 +48,7 @@ class Margined(nn.Module):
         value = check_margin(margin)
         if learn_margin:
             if value <= MARGIN_FLOOR:
-                raise OptionError(f"a learned margin starts above its floor {MARGIN_FLOOR}, got {margin}")
+                raise OptionError(f"margin is {margin}; a learned one starts above its floor {MARGIN_FLOOR}")
             self.raw_margin = nn.Parameter(torch.tensor(_raw(value), dtype=torch.get_default_dtype()))
         else:
             self.register_buffer("margin", torch.tensor(value, dtype=torch.get_default_dtype()))

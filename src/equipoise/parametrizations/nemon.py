@@ -31,9 +31,7 @@ def check_gamma(gamma: float) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value < 1):
-        raise OptionError(
-            f"gamma is {gamma!r}; it must be a finite number below 1 (0.95 is usual), or nothing contracts"
-        )
+        raise OptionError(f"gamma is {gamma!r}; it is a finite number below 1 (0.95 is usual), or nothing contracts")
     return value
 
 
@@ -65,7 +63,7 @@ class Contractive(nn.Module):
             self.register_buffer("d", torch.zeros(features))
         if learn_gamma:
             if value >= 1 - GAP_FLOOR:
-                raise OptionError(f"a learned gamma starts below 1 − {GAP_FLOOR}, got {gamma}")
+                raise OptionError(f"gamma is {gamma}; a learned one starts below 1 − {GAP_FLOOR}")
             self.raw_gap = nn.Parameter(torch.tensor(_raw(value), dtype=torch.get_default_dtype()))
         else:
             self.register_buffer("gamma", torch.tensor(value, dtype=torch.get_default_dtype()))

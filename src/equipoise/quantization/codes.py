@@ -63,7 +63,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     count = _count(shape)
     length = _packed_length(count, bits)
     if packed.dtype != torch.uint8 or packed.ndim != 1:
-        raise FileFormatError(f"packed codes are a uint8 vector; got {packed.dtype} {tuple(packed.shape)}")
+        raise FileFormatError(f"packed codes are {packed.dtype} {tuple(packed.shape)}; a uint8 vector is needed")
     if packed.numel() != length:
         raise FileFormatError(
             f"{count} codes of {bits} bits take {length} bytes; got {packed.numel()}: "
@@ -206,7 +206,7 @@ class QuantizedSkew(nn.Module):
             InputError: ``k`` is not a square matrix, not finite, or not exactly skew.
         """
         if k.ndim != 2 or k.shape[0] != k.shape[1]:
-            raise InputError(f"a skew matrix is square; got shape {tuple(k.shape)}")
+            raise InputError(f"a skew matrix is {tuple(k.shape)}; it is square")
         upper = QuantizedTensor.fit(k[_above_diagonal(k.shape[0], k.device)], bits, scale=scale)
         defect = (k.detach() + k.detach().T).abs()
         if bool((defect != 0).any()):  # NaN and infinity below the diagonal end here as well
@@ -256,23 +256,23 @@ class QuantizedSkew(nn.Module):
 def _check_codes(codes: Tensor, bits: int) -> None:
     top = levels(bits)
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise InputError(f"codes must be integers; got {codes.dtype}")
+        raise InputError(f"codes are {codes.dtype}; integers are needed")
     if codes.numel() == 0 or codes.is_meta:
         return
     low, high = (int(end) for end in codes.aminmax())
     if low < -top or high > top or (bits == 1 and bool((codes == 0).any())):
         allowed = "-1 or +1" if bits == 1 else f"from {-top} to {top}"
-        raise InputError(f"codes of {bits} bits must be {allowed}; got codes from {low} to {high}")
+        raise InputError(f"codes go from {low} to {high}; those of {bits} bits are {allowed}")
 
 
 def _check_scale(scale: Tensor, codes: Tensor) -> None:
     if not scale.is_floating_point():
-        raise InputError(f"a scale must be floating point; got {scale.dtype}")
+        raise InputError(f"a scale is {scale.dtype}; floating point is needed")
     pairs = zip(scale.shape, codes.shape, strict=False)  # none for a single scale
     if scale.ndim not in (0, codes.ndim) or any(s not in (1, c) for s, c in pairs):
         raise InputError(f"scale {tuple(scale.shape)} does not go with codes {tuple(codes.shape)}")
     if not scale.is_meta and not bool(((scale >= 0) & torch.isfinite(scale)).all()):
-        raise InputError(f"scales must be finite and not negative; got {scale.flatten()[:8].tolist()}")
+        raise InputError(f"scales are {scale.flatten()[:8].tolist()}; finite ones, none negative, are needed")
 
 
 def _above_diagonal(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -33,14 +33,14 @@ def check_bits(bits: int, name: str = "bits", *, at_least: int = 1) -> int:
     """Return ``bits`` if it is an integer from ``at_least`` to 16, or 32; raise OptionError if not."""
     known = isinstance(bits, int) and not isinstance(bits, bool)
     if not known or not (at_least <= bits <= 16 or bits == 32):
-        raise OptionError(f"{name} must be an integer from {at_least} to 16, or 32; got {bits!r}")
+        raise OptionError(f"{name} is {bits!r}; it is an integer from {at_least} to 16, or 32")
     return bits
 
 
 def check_choice(value: str, name: str, allowed: tuple[str, ...]) -> str:
     """Return ``value`` if it is one of ``allowed``; raise OptionError if not."""
     if not isinstance(value, str) or value not in allowed:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        raise OptionError(f"{name} is {value!r}; it is one of {', '.join(map(repr, allowed))}")
     return value
 
 
@@ -131,7 +131,7 @@ def round_to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """
     top, values, steps = levels(bits), _real(w), _real(scale, "scale")
     if bool((steps < 0).any()):
-        raise InputError(f"a scale must not be negative; got {float(steps.min())}")
+        raise InputError(f"a scale is {float(steps.min())}; none is negative")
     codes = torch.where((values >= 0) | (steps == 0), 1.0, -1.0) if bits == 1 else _nearest(values, steps, top)
     return codes.to(code_dtype(bits))
 
@@ -139,11 +139,11 @@ def round_to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _real(w: Tensor, name: str = "weights") -> Tensor:
     """``w`` in float64, checked finite."""
     if not isinstance(w, Tensor) or w.is_complex():
-        raise InputError(f"{name} must be a real tensor; got {getattr(w, 'dtype', type(w).__name__)}")
+        raise InputError(f"{name} given as {getattr(w, 'dtype', type(w).__name__)}; a real tensor is needed")
     values = w.detach().to(torch.float64)
     if not bool(torch.isfinite(values).all()):
         bad = int((~torch.isfinite(values)).sum())
-        raise InputError(f"{name} must be finite; {bad} of {values.numel()} entries are NaN or infinite")
+        raise InputError(f"{bad} of {values.numel()} entries of the {name} are NaN or infinite; finite ones are needed")
     return values
 
 

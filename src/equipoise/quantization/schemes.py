@@ -140,5 +140,5 @@ def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
 def _positive(value: float, name: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (0 < value < math.inf):
-        raise OptionError(f"{name} must be a positive finite number; got {value!r}")
+        raise OptionError(f"{name} is {value!r}; it is a finite number above 0")
     return float(value)

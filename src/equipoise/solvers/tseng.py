@@ -51,7 +51,7 @@ class Tseng(Solver):
         alpha = self.alpha or (0.7 / lipschitz if lipschitz > 0 else 0.7)
         reach = alpha * lipschitz
         if reach >= 1:
-            raise OptionError(f"Tseng alpha is {alpha:g}; it must be below 1/L = {1 / lipschitz:g}")
+            raise OptionError(f"Tseng alpha is {alpha:g}; it is below 1/L = {1 / lipschitz:g}")
         if margin <= 0:
             return Tuning(alpha, None, None)
         # 1 − αm is what the linear part suggests; it plans when to look and is not a bound
