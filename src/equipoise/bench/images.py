@@ -47,7 +47,7 @@ class Size(NamedTuple):
     rounds: int
 
 
-FULL, QUICK = Size("published", 128, 60, 5), Size("small", 32, 5, 2)
+FULL, QUICK = Size("published", 128, 30, 3), Size("small", 32, 5, 2)
 
 
 def measure(setting: Setting, tell: Tracker, size: Size | None = None) -> dict[str, Any]:
