@@ -102,8 +102,9 @@ def _known(module: nn.Module, name: str, images: bool) -> nn.Module:
     where = f" at position {name!r}" if name else ""
     if isinstance(module, IMAGES):
         raise StructureError(
-            f"{type(module).__name__}{where} is not supported here: a network for images can be trained as floats, "
-            "saved, quantized after, and certified, of NEMON without inputs; not planned, exported or proved over boxes"
+            f"{type(module).__name__}{where} is not supported here: a network for images can be trained as floats and "
+            "quantized afterwards, saved, and certified (NEMONConv2d without inputs); it cannot be trained through a "
+            "quantizer, planned, exported, or proved over boxes"
         )
     raise StructureError(
         f"{type(module).__name__}{where} is not supported here; build the model as a layer or an nn.Sequential of "

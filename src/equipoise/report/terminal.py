@@ -37,7 +37,10 @@ def ladder_words(ladder: Ladder) -> Text:
 
 def ladder_table(ladder: Ladder) -> Table:
     """One row per rung, in 79 columns; the chosen one is bold and has an arrow."""
-    caption = "≥, ≤: proved. kept: same class proved. moved: mean ‖z* − z̃*‖. right: accuracy."
+    caption = (
+        "≥, ≤: proved. steps: until the error is 1e-6 of what it was. kept: inputs of the\n"
+        "same class as float. moved: mean ‖z* − z̃*‖. right: accuracy. Packed bytes."
+    )
     if any(rung.mixed for rung in ladder.rungs):
         caption += "\n4/5/6/8/–: bits of A/K/U/b/head in a structured version, – for floats."
     table = Table(
