@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -259,7 +260,7 @@ def _check_tensor(inputs: Tensor) -> None:
     if not isinstance(inputs, Tensor) or inputs.ndim < 2 or not inputs.is_floating_point():
         given = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise InputError(f"inputs are {given}; a floating-point tensor (batch, …) is needed")
-    bad = int((~torch.isfinite(inputs)).sum())
+    bad = 0 if math.isfinite(float(inputs.sum())) else int((~torch.isfinite(inputs)).sum())
     if bad:
         raise InputError(f"inputs hold {bad} NaN or infinite entries; nothing is proved about those")
 

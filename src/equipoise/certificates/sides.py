@@ -53,6 +53,10 @@ class Side(ABC):
     def through(self, a: Tensor) -> Tensor:
         """U a + b for inputs ``a (B, …)``, as states ``(B, n)``."""
 
+    def injects_as(self, other: Side) -> bool:
+        """Whether :meth:`through` is known to give the very same numbers as the other's."""
+        return self is other
+
     @abstractmethod
     def leave(self, p: Tensor) -> Tensor:
         """What the layer shows of states; no distance grows."""
@@ -122,6 +126,9 @@ class DenseSide(Side):
 
     def through(self, a: Tensor) -> Tensor:
         return a @ self.U.mT + self.b
+
+    def injects_as(self, other: Side) -> bool:
+        return isinstance(other, DenseSide) and torch.equal(self.U, other.U) and torch.equal(self.b, other.b)
 
     def leave(self, p: Tensor) -> Tensor:
         return p
