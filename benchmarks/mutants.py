@@ -61,7 +61,8 @@ class Walker(ast.NodeTransformer):
         return (kind, number) == self.target
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        outer, self.function, self.code = (self.function, self.code), node.name, ast.unparse(node)
+        outer = self.function, self.code
+        self.function, self.code = node.name, "" if self.target[0] else ast.unparse(node)
         self.generic_visit(node)
         self.function, self.code = outer
         return node

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
+import importlib
 import json
 import os
 import resource
@@ -84,7 +86,7 @@ TESTS = {
 """The modules that are mutated, and the tests that are theirs."""
 
 
-POOL, SEED = 240, 77
+POOL, SEED = 180, 77
 """Networks of the soundness trials that a mutant's are chosen from."""
 
 NEAR, KEPT = 0.992, 2
@@ -197,7 +199,7 @@ def run_tests(items: list[Any], watch: Watch) -> str:
             defined = [one for many in item._fixtureinfo.name2fixturedefs.values() for one in many]
             calls = sorted(watch.seen.union(*(watch.fixtures.get(one, set()) for one in defined)))
             if not watch.failed:
-                lines.append({"name": number, "seconds": seconds, "calls": calls})
+                lines.append({"name": item.nodeid, "seconds": seconds, "calls": calls})
     return "\n".join(map(json.dumps, lines))
 
 
@@ -222,51 +224,45 @@ class Watch:
 
 
 class Mutate:
-    """A plugin of pytest that runs mutants in the place of tests: ``lines``, those of the journal, come one by one."""
+    """A plugin of pytest that runs mutants in the place of tests, and writes of each what noticed it."""
 
     def __init__(
-        self, todo: list[Site], tests: bool, patience: float, seconds: float | None, write: Callable[..., None]
-    ) -> None:
-        self.todo, self.with_tests, self.patience, self.write, self.watch = todo, tests, patience, write, Watch()
+        self, todo: list[Site], path: Path, tests: bool, patience: float, seconds: float | None,
+        write: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self.todo, self.path, self.with_tests, self.patience, self.write = todo, path, tests, patience, write
+        self.watch, self.tests = Watch(), list[dict[str, Any]]()
         self.end = float("inf") if seconds is None else time.monotonic() + seconds
 
     def pytest_configure(self, config: Any) -> None:
         config.pluginmanager.register(self.watch)
 
     def pytest_runtestloop(self, session: Any) -> bool:
-        items = self.items = session.items
-        trials = self._lines(*child(run_trials, 40 * LIMIT))
+        items = session.items
+        self.items = {item.nodeid: item for item in items}
+        trials = seen_before(self.path, "trials", run_trials)
         near = set[int]()
         for bound in {name for line in trials for name in line["ratios"]}:
             near |= set([line["name"] for line in trials if line["ratios"].get(bound, 0) > NEAR][:KEPT])
         self.trials = [line for line in trials if line["name"] in near]
-        self.tests = self._lines(*child(lambda: run_tests(items, self.watch), 40 * LIMIT)) if self.with_tests else []
+        if self.with_tests:
+            self.tests = seen_before(self.path, "tests", lambda: run_tests(items, self.watch), sorted(self.items))
+        for file in (files := {site.file for site in self.todo}):
+            importlib.import_module("equipoise." + file.removesuffix(".py").replace("/", "."))
+        functions = {file: defined(file) for file in files}
         for site in self.todo:
             if time.monotonic() > self.end:
                 break
             begin, found = time.monotonic(), None
             for factor in factors(site):
-                found = self.killer(site, mutant(site, factor))
+                found = self.killer(functions[site.file], site, mutant(site, factor))
                 if found is not None:
                     break
             self.write(site, found, round(time.monotonic() - begin, 1))
         return True
 
-    @staticmethod
-    def _lines(text: str, ended: str | None) -> list[dict[str, Any]]:
-        """By their seconds."""
-        try:
-            found = [json.loads(line) for line in text.splitlines()]
-        except json.JSONDecodeError:
-            found = []
-        if ended or not found:
-            raise SystemExit(f"without a mutant: {ended or text}")
-        for line in found:
-            line["calls"] = {tuple(call) for call in line["calls"]}
-        return sorted(found, key=lambda line: float(line["seconds"]))
-
-    def chosen(self, site: Site, lines: list[dict[str, Any]]) -> list[int]:
-        """Numbers of what calls the site's function, the quickest first, as far as patience goes."""
+    def chosen(self, site: Site, lines: list[dict[str, Any]]) -> list[Any]:
+        """Names of what calls the site's function, the quickest first, as far as patience goes."""
         left, found = self.patience, []
         for line in lines:
             if left > 0 and (not site.function or (site.file, site.function) in line["calls"]):
@@ -274,16 +270,16 @@ class Mutate:
                 left -= line["seconds"]
         return found
 
-    def killer(self, site: Site, source: str) -> str | None:
+    def killer(self, functions: list[FunctionType], site: Site, source: str) -> str | None:
         """What notices the mutant, or None."""
         own = {f"tests/{name}" for name in TESTS[site.file]}
-        tests = [line for line in self.tests if self.items[line["name"]].nodeid.partition("::")[0] in own]
-        found, ended = child(lambda: self.tried(site, source, self.chosen(site, tests)), LIMIT)
+        tests = [line for line in self.tests if line["name"].partition("::")[0] in own]
+        found, ended = child(lambda: self.tried(functions, site, source, self.chosen(site, tests)), LIMIT)
         return ended or found or None
 
-    def tried(self, site: Site, source: str, tests: list[int]) -> str:
+    def tried(self, functions: list[FunctionType], site: Site, source: str, tests: list[str]) -> str:
         """The first that fails, or nothing."""
-        put_in(site.file, source)
+        put_in(functions, site, source)
         for index in self.chosen(site, self.trials):
             try:
                 _, ledger = trial(SEED, index)
@@ -292,17 +288,23 @@ class Mutate:
             if ledger.violations:
                 return f"trial {index}: {ledger.violations[0]['bound']}"
         self.watch.failed = ""
-        for number in tests:
-            item = self.items[number]
+        for name in tests:
+            item = self.items[name]
             item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
             if self.watch.failed:
                 return self.watch.failed
         return ""
 
 
-def put_in(file: str, source: str) -> None:
-    """Give the functions of the module that is loaded their code from ``source``, and the module its numbers."""
-    path, codes = str(SOURCE / file), dict[str, CodeType]()
+def defined(file: str) -> list[FunctionType]:
+    """The functions that a module of the library defines, methods and what decorators hide included."""
+    path = str(SOURCE / file)
+    return [found for found in gc.get_objects() if type(found) is FunctionType and found.__code__.co_filename == path]
+
+
+def put_in(functions: list[FunctionType], site: Site, source: str) -> None:
+    """Give the functions of the module that is loaded their code from ``source``, or the module its numbers."""
+    path, codes = str(SOURCE / site.file), dict[str, CodeType]()
     module = next(vars(m) for m in list(sys.modules.values()) if getattr(m, "__file__", None) == path)
 
     def collect(code: CodeType) -> None:
@@ -313,17 +315,39 @@ def put_in(file: str, source: str) -> None:
 
     whole = compile(source, path, "exec")
     collect(whole)
-    for function in [found for found in gc.get_objects() if type(found) is FunctionType]:
+    for function in functions:
         if function.__globals__ is module and function.__code__.co_qualname in codes:
             function.__code__ = codes[function.__code__.co_qualname]
     fresh = {**module}
-    exec(HELPER if HELPER in source else whole, fresh)  # of its classes and functions none is used
+    exec(whole if not site.function else HELPER, fresh)  # of its classes and functions none is used
     module["_mutated"] = fresh.get("_mutated")
     for name, value in fresh.items():
         if isinstance(value, (int, float)) and value != (old := module.get(name)):
             for other in [vars(m) for m in list(sys.modules.values()) if getattr(m, "__name__", "")[:9] == "equipoise"]:
                 if other.get(name) is old:
                     other[name] = value
+
+
+def seen_before(path: Path, kind: str, look: Callable[[], str], names: list[str] | None = None) -> list[dict[str, Any]]:
+    """What ``look`` finds in a fork, or found: kept beside the journal for these very sources, by their seconds."""
+    digest = hashlib.sha256(repr(names).encode())
+    for source in sorted([*SOURCE.rglob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/**/*.py")]):
+        digest.update(source.read_bytes())
+    kept, mark = path.with_suffix(f".{kind}.json"), digest.hexdigest()
+    stored = json.loads(kept.read_text()) if kept.exists() else {}
+    if stored.get("sources") != mark:
+        text, ended = child(look, 40 * LIMIT)
+        try:
+            lines = [json.loads(line) for line in text.splitlines()]
+        except json.JSONDecodeError:
+            lines = []
+        if ended or not lines:
+            raise SystemExit(f"without a mutant: {ended or text}")
+        stored = {"sources": mark, "lines": lines}
+        kept.write_text(json.dumps(stored))
+    for line in stored["lines"]:
+        line["calls"] = {tuple(call) for call in line["calls"]}
+    return sorted(stored["lines"], key=lambda line: float(line["seconds"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -353,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         names = set[str]() if options.trials else {name for site in todo for name in TESTS[site.file]}
         files = [str(ROOT / "tests" / name) for name in sorted(names or {"test_mutations.py"})]
-        plugin = Mutate(todo, not options.trials, options.patience, options.seconds, write)
+        plugin = Mutate(todo, options.out, not options.trials, options.patience, options.seconds, write)
         flags = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
         pytest.main([*flags, *files], plugins=[plugin])
     return report({key: {**known[key], **site._asdict()} for key, site in wanted.items() if key in known})
