@@ -93,9 +93,9 @@ def test_shapes_are_row_major() -> None:
 @pytest.mark.parametrize(
     ("packed", "bits", "shape", "message"),
     [
-        ([0, 0], 4, (5,), "5 codes of 4 bits take 3 bytes; got 2"),
-        ([0, 0, 0, 0], 4, (5,), "take 3 bytes; got 4"),
-        ([], 4, (10**30,), "got 0"),
+        ([0, 0], 4, (5,), "are 2 bytes; 5 of 4 bits take 3"),
+        ([0, 0, 0, 0], 4, (5,), "are 4 bytes; 5 of 4 bits take 3"),
+        ([], 4, (10**30,), "are 0 bytes"),
         ([0], 4, (-1,), "shape"),
         ([0x08], 4, (2,), "-8 is below -7, the least of 4 bits"),
         ([0, 0, 0, 128], 32, (1,), "below -2147483647"),

@@ -72,7 +72,7 @@ def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
     known_as = schemes()
     kind = known_as.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise OptionError(f"scheme must be one of {', '.join(known_as)}; got {name!r}")
+        raise OptionError(f"scheme is {name!r}; it is one of {', '.join(known_as)}")
     known = [field.name for field in fields(kind)]
     unknown = [key for key in options if key not in known]
     if unknown:

@@ -66,7 +66,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         raise FileFormatError(f"packed codes are {packed.dtype} {tuple(packed.shape)}; a uint8 vector is needed")
     if packed.numel() != length:
         raise FileFormatError(
-            f"{count} codes of {bits} bits take {length} bytes; got {packed.numel()}: "
+            f"packed codes are {packed.numel()} bytes; {count} of {bits} bits take {length}: "
             "the file is truncated, or its bits or shapes are not those of its codes"
         )
     if length and int(packed[-1]) >> (8 - (8 * length - count * bits)):
