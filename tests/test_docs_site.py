@@ -106,7 +106,7 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        '<script async src="https://unpkg.com/a.js">',
+        '<script async src="https://cdn.example.com/a.js">',
         '<link rel="stylesheet" href="//fonts.example.com/css">',
         "@import 'https://example.com/a.css'",
         "background: url(https://example.com/a.png)",

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "equipoise"
 BORROWED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-CDN = re.compile(r"https://unpkg\.com/[\w@./-]+")
+CDN = re.compile(r"https://[\w.-]+/(?:mermaid@|resize-observer-polyfill)[\w@./-]*")
 """What the theme would fetch for diagrams, of which there are none, and for browsers that nobody has any more."""
 
 
