@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test test-all coverage test-mcu lint format types clean
+.PHONY: help setup demo docs test test-all coverage test-mcu dist test-dist lint format types clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -51,6 +51,15 @@ coverage: $(STAMP) ## the tests of `make test`, counting branches of src; fails 
 
 test-mcu: $(STAMP) ## exported networks on a Cortex-M in QEMU, bit for bit (needs arm-none-eabi-gcc, qemu-system-arm)
 	$(BIN)/python examples/mcu/run.py
+
+dist: $(STAMP) ## the source archive, and the wheel made from it, in dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+test-dist: dist ## the wheel in fresh environments of every Python found, with each extra alone (takes long)
+	@for p in python3.11 python3.12 python3.13; do \
+		if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then "$$p" tests/dist_smoke.py dist || exit 1; \
+		else echo "$$p is not there: left out"; fi; done
 
 lint: $(STAMP) ## ruff, rules and format
 	$(BIN)/ruff check .

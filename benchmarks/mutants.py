@@ -51,13 +51,14 @@ class Walker(ast.NodeTransformer):
     def __init__(self, kind: str | None = None, number: int = -1, factor: float = 1.0) -> None:
         self.target, self.factor = (kind, number), factor
         self.counts = {"return": 0, "constant": 0}
-        self.found: list[tuple[str, int, int, str, str]] = []
+        self.found: list[tuple[str, int, int, str, str, bool]] = []
         self.function = self.code = ""
+        self.rounding = False
 
     def _site(self, kind: str, node: Any) -> bool:
         number = self.counts[kind]
         self.counts[kind] += 1
-        self.found.append((kind, number, node.lineno, self.function, self.code))
+        self.found.append((kind, number, node.lineno, self.function, self.code, self.rounding))
         return (kind, number) == self.target
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
@@ -90,12 +91,28 @@ class Walker(ast.NodeTransformer):
         small = any(0 < abs(_number(side) or 0) < 1e-6 for side in numbers)
         if len(numbers) == 2 or small or any(isinstance(side, ast.List) for side in (node.left, node.right)):
             return node  # 1 + 1e-12, 2.0**-45
+        outer, self.rounding = self.rounding, self.rounding or _counts_roundings(node)
         if self.function not in NO_BOUNDS and not isinstance(node.op, (ast.Mod, ast.FloorDiv)):
             for name in ("left", "right"):
                 side = getattr(node, name)
                 if _number(side) not in (None, 0) and self._site("constant", side):
                     setattr(node, name, ast.copy_location(ast.Constant(_number(side) * self.factor), side))
-        return self.generic_visit(node)
+        self.generic_visit(node)
+        self.rounding = outer
+        return node
+
+
+ROUNDINGS = {"UNIT", "TINY", "tiny", "gamma", "eps", "_UNIT", "ulps"}
+"""What the rounding of an operation, or underflow, is called."""
+
+
+def _counts_roundings(node: ast.AST) -> bool:
+    """Whether a factor of the product is a rounding: then all of it is."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
+        return _counts_roundings(node.left) or _counts_roundings(node.right)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func).rpartition(".")[2] in ("gamma", "product_rounding")
+    return ast.unparse(node).rpartition(".")[2] in ROUNDINGS
 
 
 def _number(node: ast.AST) -> float | None:
@@ -128,9 +145,10 @@ def sites(file: str) -> list[Site]:
     walker, lines, counts = Walker(), text.splitlines(), Counter[str]()
     walker.visit(ast.parse(text))
     found = []
-    for kind, number, line, function, code in walker.found:
+    for kind, number, line, function, code, rounding in walker.found:
         place = f"{file}:{function}:{zlib.crc32(code.encode()):08x}:{kind}"
-        found.append(Site(file, kind, number, line, function, lines[line - 1].strip(), f"{place}:{counts[place]}"))
+        if not rounding:
+            found.append(Site(file, kind, number, line, function, lines[line - 1].strip(), f"{place}:{counts[place]}"))
         counts[place] += 1
     return found
 

@@ -5,7 +5,7 @@
 Two kinds of mutants, made by rewriting the syntax tree of one function: what a ``return`` gives, floats and float
 tensors, times the factor that makes the bound unsound (0.99, or 1.01 in a function whose name says that it bounds from
 below); and a constant of an arithmetic expression times 0.99 and, if that is not noticed, 1.01. Constants that count
-roundings (in ``gamma(…)``, beside 1 + 1e-12, below 1e-6) are left alone: 1 % of them is nothing.
+roundings (in ``gamma(…)``, beside UNIT, TINY or 1 + 1e-12, below 1e-6) are left alone: 1 % of them is nothing.
 
 Everything is imported and collected once. All trials and tests then run once, to see which functions each calls, how
 long it takes and, of trials, how near its truths come to its bounds. A mutant is a fork in which one function has
@@ -331,7 +331,7 @@ def put_in(functions: list[FunctionType], site: Site, source: str) -> None:
 def seen_before(path: Path, kind: str, look: Callable[[], str], names: list[str] | None = None) -> list[dict[str, Any]]:
     """What ``look`` finds in a fork, or found: kept beside the journal for these very sources, by their seconds."""
     digest = hashlib.sha256(repr(names).encode())
-    for source in sorted([*SOURCE.rglob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/**/*.py")]):
+    for source in sorted([*SOURCE.rglob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/trials/*.py")]):
         digest.update(source.read_bytes())
     kept, mark = path.with_suffix(f".{kind}.json"), digest.hexdigest()
     stored = json.loads(kept.read_text()) if kept.exists() else {}

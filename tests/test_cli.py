@@ -39,6 +39,21 @@ def test_help_and_version(capsys: Capsys) -> None:
         assert run(capsys, command, "--help")[0] == 0
 
 
+def test_help_has_a_box_per_subject(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(capsys, "train", "--help")[1]
+    subjects = "Options", "Which network", "How it is trained", "How weights are rounded", "What is asked of it"
+    assert [title for title in subjects if title not in out] == []
+    assert re.search(r"--force\s+Replace what exists", out), "a flag has no value to describe"
+
+
+def test_what_the_parser_refuses_is_said_without_its_own_words(capsys: Capsys) -> None:
+    status, _, err = run(capsys, "reproduce", "li2027")
+    assert status == 2
+    assert "'li2027' is not one of 'li2026'" in err
+    assert "Value error" not in err
+
+
 def test_no_command_shows_the_help_and_is_bad_use(capsys: Capsys) -> None:
     status, out, _ = run(capsys)
     assert status == 2
@@ -117,6 +132,9 @@ def test_plan_prints_and_writes_the_same_ladder(folder: Path, tmp_path: Path, ca
     status, out, err = run(capsys, *line)
     assert (status, err) == (0, "")
     assert f"at {chosen['bits']} bits keeps the guarantee" in out
+    assert "model    " not in out
+    out = run(capsys, *line, "--save", tmp_path / "again")[1]
+    assert out.endswith(f"model    {tmp_path / 'again'}\n")
 
 
 def test_plan_without_a_rung_that_fits_is_exit_1(folder: Path, tmp_path: Path, capsys: Capsys) -> None:

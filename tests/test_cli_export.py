@@ -43,6 +43,7 @@ def test_words_and_options(model: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert status == 0
     assert "reference network" in out
     assert "RAM" in out
+    assert f"cd {tmp_path / 'a'} && cc -std=c99 -O2 eqnet.c selftest.c -o selftest && ./selftest" in out
     alone = run_json(capsys, "export", model, "--target", "c", "--out", tmp_path / "b")
     compared = run_json(capsys, "export", model, "--target", "c", "--out", tmp_path / "d", "--reference", reference)
     assert compared["displacement_bound"] > 1e-3 > alone["displacement_bound"] >= 0

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from equipoise.data import Preprocessing
 from equipoise.export import cayley, export, unrolled
 from equipoise.export.boxes import box_of
 from equipoise.export.build import Options, build
-from equipoise.export.grid import grid_of
+from equipoise.export.grid import Grid, grid_of
 from equipoise.export.network import code_linear
 from equipoise.export.plan import Iteration
 from equipoise.layers.linear import quantize_linear
@@ -267,3 +268,25 @@ def test_iterates_that_are_as_fine_as_can_be_are_not_advised(bits: int, remedy: 
     model[0].recurrent = near
     with pytest.raises(eq.OptionError, match=remedy):
         build(model, None, None, Options(activation_bits=bits))
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_the_bound_of_an_input_is_its_formula(natural: bool) -> None:
+    """iteration + (‖ΔW‖ (‖ẑ‖ + iteration) + ‖ΔU‖ ‖x̂ − x̄‖ + ‖ΔU x̄ + Δb‖ + ‖U‖ ‖x − x̂‖)/m, term by term."""
+    grid = Grid(2, 0, 100, (Fraction(1, 50),), (Fraction(-1),), natural)
+    known = {
+        "iteration": 0.5, "delta_weight": 0.3, "delta_input": 0.7, "delta_center": 0.2, "reference_input": 1.5,
+        "reference_margin": 0.4,
+    }  # fmt: skip
+
+    class Stub(runtime.Runtime):
+        def integers(self, x: Any) -> Any:
+            return np.full((len(x), 2), [3, 4]), None, np.array([0, 1])
+
+    library: Any = SimpleNamespace(eqnet_batch=SimpleNamespace())
+    found = Stub(library, {}, grid, (np.uint8, np.int16), (0.01, None), known).error_bound(
+        np.array([[0.505, -0.2]] * 2)
+    )
+    moved = 0.3 * (0.05 + 0.5) + 0.7 * math.hypot(0.5, 0.2) + 0.2 + 1.5 * 0.005
+    assert found[0] == pytest.approx(0.5 + moved / 0.4, rel=1e-6)
+    assert math.isnan(found[1])

@@ -15,7 +15,21 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.layers.blocks import Plan
 from equipoise.layers.multiscale import split
+from equipoise.layers.multiscale_proofs import Gap, Head, row_lengths
 from equipoise.layers.room import memory_needed
+from equipoise.layers.steps import (
+    EPS,
+    Average,
+    Conv,
+    GroupMean,
+    Mask,
+    Pool,
+    Slope,
+    Sort,
+    Standardize,
+    Up,
+    through,
+)
 from multiscale_networks import images, small
 
 PUBLISHED = Plan(((32, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4)))
@@ -274,3 +288,50 @@ def test_implicit_gradients_in_training_with_caps_at_work() -> None:
             parameter.add_(length * direction)
         slope = float((parameter.grad * direction).sum())
         assert float(high - low) / (2 * length) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+# What is proved of points, by its formula
+
+
+def test_bounds_of_points_are_those_of_a_contraction() -> None:
+    gap = Gap(torch.zeros(1, 3).double(), torch.tensor([0.5]).double(), torch.tensor([0.25]).double())
+    assert float(gap.from_point(0.75)) == pytest.approx(0.75 / 0.25, rel=1e-8)
+    bound, truncation = gap.from_image(0.75)
+    assert float(truncation) == pytest.approx(3 * 0.5, rel=1e-8)
+    assert float(bound) == pytest.approx(3 * 0.75 + 0.25, rel=1e-8)
+    assert float(row_lengths(torch.tensor([[3.0, 4.0]]).double())) == pytest.approx(5, rel=1e-12)
+
+
+def test_features_move_by_the_norms_on_their_way() -> None:
+    """Branches within e of where they are move the sum by at most e √(Σ L_i²), here of matrices of norms 3 and 4."""
+
+    def conv(factor: float) -> Conv:
+        return Conv(factor * torch.eye(2, dtype=torch.float64)[:, :, None, None])
+
+    head = Head(((conv(3.0),), (conv(4.0), Pool(2))), (conv(2.0), Average(4)))
+    z = [torch.ones(1, 2, 2, 2).double(), torch.ones(1, 2, 4, 4).double()]
+    found = head.proved(z, torch.tensor([0.1]).double())
+    assert torch.equal(found.value, torch.full((1, 2), 14.0).double())
+    assert float(found.error) == pytest.approx(0.1 * math.hypot(3, 4 / 2) * 2 / 2, rel=1e-6)
+
+
+def test_steps_move_by_what_they_are_said_to() -> None:
+    """Constants of every step, and of paths, where the numbers are known."""
+    ones = torch.ones(2).double()
+    gamma = torch.tensor([0.5, -3.0]).double()
+    assert GroupMean(1, gamma, ones).lipschitz() == 3
+    assert (GroupMean(1).lipschitz(), Slope(0.4).lipschitz(), Sort(0.7).lipschitz(), Up(4).lipschitz()) == (
+        1,
+        0.4,
+        0.7,
+        4,
+    )
+    assert Pool(4).lipschitz() == pytest.approx(0.25, rel=1e-12)
+    assert Average(16).lipschitz() == pytest.approx(0.25, rel=1e-12)
+    assert Mask(0.2).lipschitz() == pytest.approx(1.25, rel=1e-12)
+    path = (Conv(torch.ones(1, 1, 1, 1).double(), norm=3.0), Slope(0.4), Up(2))
+    assert through(path) == pytest.approx(2.4, rel=1e-12)
+    # about x = (−1, 1): s² = 1 + ε, and 2 |γ|/s is what it can move
+    x = torch.tensor([-1.0, 1.0]).double()[None, :, None, None]
+    known = 2 * 3 / math.sqrt(1 + EPS)
+    assert float(Standardize(1, gamma, ones).gain(x)) == pytest.approx(known, rel=1e-6)

@@ -17,7 +17,7 @@ from equipoise.errors import InputError
 from equipoise.layers.memory import Memory
 from equipoise.operators import grids, quantized_tiers
 from equipoise.operators.grids import Geometry, correlate
-from equipoise.operators.symbol_bounds import contracts
+from equipoise.operators.symbol_bounds import contracts, size, whole
 from equipoise.operators.tiers import TierOperator
 from equipoise.parametrizations import Kernels
 from equipoise.solvers import Tuning
@@ -197,3 +197,52 @@ def test_constants_and_rates_of_a_multiple_of_the_identity(kind: str) -> None:
         assert found.rate == pytest.approx(factor, abs=1e-6)
         assert found.rate is not None
         assert found.rate >= factor
+
+
+def _positive(own: tuple[float, float], down: float, lift: float) -> Kernels:
+    """Kernels of one entry on two tiers of one channel: what their blocks are bounded by is attained."""
+    (first, second), d, a = own, down, lift
+
+    def kernel(value: float) -> Tensor:
+        return torch.full((1, 1, 1, 1), value, dtype=F64)
+
+    return Kernels((kernel(first), kernel(second)), (kernel(d),), (kernel(a),))
+
+
+def _in_rows(X: Any) -> float:
+    """What stands in for ‖ |X| ‖₂: the root of the largest row sum of |X|ᵀ|X|, or ‖X‖_F."""
+    X = torch.as_tensor(X, dtype=F64).abs()
+    return math.sqrt(min(float((X.mT @ X).sum(1).max()), float(X.square().sum())))
+
+
+def test_blocks_of_one_entry_meet_their_bounds() -> None:
+    """I − W is [[1 − o₁ + d², 0], [2ad, 1 − o₂]] on the pixels that d reaches, all of it positive."""
+    geometry = Geometry((1, 1), ((4, 4), (2, 2)), 0)
+    own, down, lift = (-0.5, -1.0), 0.8, 0.6
+    operator = TierOperator(_positive(own, down, lift), geometry)
+    F = torch.tensor([[1 - own[0] + down**2, 0], [2 * lift * down, 1 - own[1]]], dtype=F64)
+    W = torch.tensor([[0.5 + down**2, 0], [2 * lift * down, 1.0]], dtype=F64)
+    assert operator.lipschitz() == pytest.approx(float(torch.linalg.matrix_norm(F, 2)), rel=1e-9)
+    assert operator.norm() == pytest.approx(float(torch.linalg.matrix_norm(W, 2)), rel=1e-9)
+    assert operator.absolute_norm() == pytest.approx(_in_rows(W), rel=1e-6)
+    assert operator.margin() == pytest.approx(min(1 - own[0], 1 - own[1] - lift**2), rel=1e-12)
+    assert operator.averaging_step() == pytest.approx(1 / (1 + operator.lipschitz()), rel=1e-12)
+    other = TierOperator(_positive((-0.7, -1.1), 0.9, 0.7), geometry)
+    moved = torch.tensor([[0.2 + 0.81 - 0.64, 0], [2 * (0.7 * 0.9 - 0.6 * 0.8), 0.1]], dtype=F64)
+    # (a − a')d + a'(d − d') is ad − a'd' where all of it has one sign
+    assert operator.distance(other) == pytest.approx(float(torch.linalg.matrix_norm(moved, 2)), rel=1e-9)
+
+
+def test_how_far_kernels_were_moved_by_casting() -> None:
+    """By blocks, with sizes no smaller than either set's, and what forming cost added."""
+    used, stored = _positive((0.5, 1.0), 0.9, 0.7), _positive((0.4, 0.7), 0.8, 0.6)
+    e, d, a = 0.1, 0.9, 0.7
+    blocks = [[0.1 + 0.03 + 2 * d * e + e**2, 0], [2 * (a * e + d * e + e * e), 0.3 + 0.05]]
+    assert quantized_tiers._distance(used, stored, [0.03, 0.05]) == pytest.approx(_in_rows(blocks), rel=1e-6)
+
+
+def test_sizes_of_kernels_and_of_blocks() -> None:
+    K = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    assert size(K) == pytest.approx(_in_rows(K.abs().sum((2, 3))), rel=1e-6)
+    assert whole(torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=F64)) == pytest.approx(5.0, rel=1e-12)
+    assert whole(torch.tensor([[3.0]], dtype=F64)) == 3.0

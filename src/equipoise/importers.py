@@ -62,7 +62,10 @@ def import_model(path: str | os.PathLike[str], format: str, margin: float | None
             file, or one that holds more than tensors.
     """
     if format not in FORMATS:
-        raise OptionError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        raise OptionError(
+            f"unknown format {format!r}; known: {', '.join(FORMATS)}. Any other network comes in by its W, U and b:"
+            " equipoise.MonDEQ.from_weights"
+        )
     if margin is not None:
         margin = check_margin(margin)
     try:

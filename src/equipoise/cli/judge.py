@@ -135,7 +135,7 @@ def plan(
     from ..files import load
     from ..ladder import Requirements
     from ..plan import build_ladder
-    from ..report.terminal import ladder_table, ladder_words, pairs_table, rendered, waiting
+    from ..report.terminal import ladder_table, ladder_words, rendered, waiting
 
     asked = Requirements(min_agreement, max_displacement, min_accuracy, max_bytes)
     names = [name.strip().lower() for name in schemes.split(",")] if schemes else None
@@ -153,7 +153,9 @@ def plan(
     else:
         say(rendered(ladder_table(ladder)), end="")
         say(rendered(ladder_words(ladder)), end="")
-        say(rendered(pairs_table((purpose, str(path)) for purpose, path in files.items() if path is not None)), end="")
+        for purpose, path in files.items():
+            if path is not None:
+                say(f"{purpose:<8} {path}")  # whole, whatever the width
     if ladder.chosen is None:
         tell("no rung is certified and meets every requirement")
         return UNMET

@@ -46,7 +46,7 @@ def import_(
     ],
     format: Annotated[str, option("Whose it is: mondeq-quant, monotone_op_net or nemon.")],
     out: Out,
-    margin: Annotated[float | None, option("The margin m, where the file has none; default 1.0.")] = None,
+    margin: Annotated[float | None, option("The margin, where the file has none; default 1, of nemon 0.9.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> int:
