@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._codecs.values import parse
 from .errors import ConvergenceWarning, DataNotFoundError, FileFormatError, InputError, MissingExtraError
 from .export.fixedpoint import SLACK
 from .export.grid import Grid
@@ -45,7 +45,7 @@ def load(folder: str | os.PathLike[str]) -> Runtime:
         if not (path / name).is_file():
             raise DataNotFoundError(f"{path} holds no {name}; write the program with `equipoise export --target c`")
     try:
-        document = json.loads((path / "certificate.json").read_text(encoding="utf-8"))
+        document = parse((path / "certificate.json").read_bytes())
         program = document.pop("program")
         grid = Grid.from_dict(program["grid"])
         types = _TYPES[program["input_type"]], _TYPES[program["state_type"]]

@@ -14,7 +14,8 @@ from ..operators.kernels import StructuredKernel
 from ..parametrizations import ContractiveKernel
 from ..parametrizations.nemon import check_gamma
 from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
-from .tensors import Fields, TensorReader, TensorWriter, plain
+from .tensors import Fields, TensorReader, TensorWriter
+from .values import plain
 from .weights import Codec, filled, read_codes, read_module, write_codes, write_module
 
 __all__ = ["IMAGES"]

@@ -18,8 +18,9 @@ from .images import IMAGES
 from .multiscale import MULTISCALE
 from .options import read_activation, read_scheme, read_solver, write_activation, write_scheme, write_solver
 from .rows import ROW_WEIGHTS
-from .tensors import Fields, TensorReader, TensorWriter, plain
+from .tensors import Fields, TensorReader, TensorWriter
 from .tiers import TIERS
+from .values import plain
 from .weights import LINEAR, WEIGHTS, Codec, read_module, write_module
 
 __all__ = ["MODULES"]

@@ -9,7 +9,8 @@ from ..activations import ACTIVATIONS, Activation, activation_from_dict
 from ..errors import FileFormatError, StructureError
 from ..quantization import SCHEMES, Scheme, scheme_from_dict, scheme_to_dict
 from ..solvers import SOLVERS, Rounded, Solver
-from .tensors import Fields, plain
+from .tensors import Fields
+from .values import plain
 
 __all__ = [
     "read_activation",
