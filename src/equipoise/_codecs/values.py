@@ -53,8 +53,8 @@ def plain(value: Any, where: str) -> Any:
 def restored(kind: Any, value: Any) -> Any:
     """Plain values as the frozen dataclass ``kind`` again: the inverse of ``dataclasses.asdict`` through JSON.
 
-    Fields are numbers, texts, booleans, dataclasses, ``tuple[X, ...]`` or ``list[X]`` of them, or one of these or None.
-    Raises :class:`ValueError` where ``value`` is something else.
+    Fields are numbers, texts, booleans, dataclasses, ``tuple[X, ...]``, ``list[X]`` or ``dict[str, X]`` of them, or one
+    of these or None. Raises :class:`ValueError` where ``value`` is something else.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -70,6 +70,10 @@ def restored(kind: Any, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{str(value)[:60]} instead of a list")
         return origin(restored(inner[0], item) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{str(value)[:60]} instead of an object")
+        return {restored(inner[0], key): restored(inner[1], item) for key, item in value.items()}
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{str(value)[:60]} instead of {kind.__name__}")
     return value

@@ -208,7 +208,7 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
 
 
 def power_norm(matrix: Tensor, steps: int = 40) -> float:
-    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap. ∞ where it overflowed."""
+    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap. ∞ of an overflow."""
     if not bool(torch.isfinite(matrix).all()):
         return math.inf
     if matrix.shape[0] <= 512:

@@ -197,7 +197,7 @@ class DenseOperator(MonotoneOperator):
 
     def _minimise_cayley_norm(self) -> float:
         weight = self.weight.detach()
-        if not self.features:
+        if not self.features or not bool(torch.isfinite(weight).all()):
             return 1.0
         forward = torch.eye(self.features).to(weight) - weight
         singular = torch.linalg.svdvals(forward) if self.features <= 512 else None
