@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "equipoise"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "verified", "norms", "activations"),
+    ("errors", "memory", "verified", "norms", "activations"),
     (
         "parametrizations.monotone",
         "parametrizations.nemon",
