@@ -47,7 +47,7 @@ from equipoise.training import TrainingConfig, fit
 from .junk import bent_bytes, bent_json, bent_tensor, bent_text, checksum
 from .models import MODELS, inputs
 
-__all__ = ["READERS", "Reader", "bend_model", "model_file", "parts"]
+__all__ = ["READERS", "SOURCE", "Bomb", "Reader", "bend_model", "bomb_png", "exported", "model_file", "parts"]
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,11 @@ def _bend_checkpoint(rng: Random) -> bytes:
         state = _odd(rng)
     how = rng.randrange(12)
     if how == 0 and isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()):
-        with contextlib.suppress(Exception):
-            return bent_bytes(safetensors.torch.save(state), rng)
+        try:
+            saved = safetensors.torch.save(state)
+        except (RuntimeError, ValueError, TypeError):  # odd tensors have no place there
+            saved = b""
+        return bent_bytes(saved, rng)
     if how == 1:
         return pickle.dumps(Bomb() if rng.randrange(2) else state, protocol=rng.randrange(6))
     buffer = io.BytesIO()
@@ -456,7 +459,7 @@ def _read_cache(path: Path) -> None:
 
 
 @cache
-def _exported() -> dict[str, bytes]:
+def exported() -> dict[str, bytes]:
     torch.manual_seed(0)
     model: Any = eq.quantize(nn.Sequential(eq.MonDEQ(4, 3, margin=0.5), nn.Linear(3, 2)), eq.Cayley(6)).eval()
     model.preprocessing = Preprocessing(mean=0.3, std=0.25, scale=255.0, input_shape=(4,))
@@ -466,7 +469,7 @@ def _exported() -> dict[str, bytes]:
 
 
 def _bend_program(rng: Random) -> dict[str, bytes]:
-    files = dict(_exported())
+    files = dict(exported())
     name = rng.choice([*files, *["certificate.json"] * 20])
     if name == "certificate.json":
         files[name] = _bend_json_file(lambda: json.loads(files[name]))(rng)
@@ -480,7 +483,7 @@ def _bend_program(rng: Random) -> dict[str, bytes]:
 @cache
 def _compiled_once(_: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in _exported().items():
+        for name, content in exported().items():
             (Path(folder) / name).write_bytes(content)
         return _compiled(Path(folder))
 
