@@ -69,10 +69,10 @@ def test_the_demo_replaces_its_own_files_and_no_others(
 def test_a_folder_that_refuses_files_is_known_before_the_work(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**_: object) -> str:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(demo.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(demo, "load_data", pytest.fail)
     status, _, complaint = run(capsys, "demo", "--out", tmp_path / "demo")
     assert status == 2

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "equipoise"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "verified", "norms", "activations", "linearized"),
+    ("errors", "memory", "verified", "norms", "activations", "linearized"),
     (
         "parametrizations.monotone",
         "parametrizations.nemon",

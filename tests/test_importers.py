@@ -278,7 +278,7 @@ def changed(key: str, value: Any) -> Callable[[State], Any]:
         (changed("U", torch.zeros(1).expand(N, 10**9)), "repeats its numbers"),
         (changed("b", torch.zeros(N).to_sparse()), "plain"),
         (changed("A", torch.full((R, N), 1e30)), "NaN or infinite"),
-        (changed("epoch", 3), "not only tensors.*'epoch'"),
+        (changed("epoch", 3), "not only plain tensors.*'epoch'"),
         (changed("mon.core.b", torch.zeros(N)), "twice"),
         (lambda s: {}, "found nothing"),
         (lambda s: [], "no state dict"),

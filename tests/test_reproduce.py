@@ -17,11 +17,12 @@ import equipoise as eq
 from command_line import Capsys, run_json
 from command_line import run as command
 from equipoise import reproduce
+from equipoise._codecs.values import restored
 from equipoise.data import Data, load_data
 from equipoise.errors import DataNotFoundError, FileFormatError, InputError, OptionError, OutputError
 from equipoise.presets import classifier
 from equipoise.reproduce import Outcome, Paper, Settings, run
-from equipoise.reproduce.journal import Journal, restored
+from equipoise.reproduce.journal import Journal
 from equipoise.reproduce.li2026 import PAPER
 from equipoise.reproduce.page import page
 from equipoise.reproduce.record import (

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import EquipoiseError, OutputError
 
-__all__ = ["check_output", "replacing"]
+__all__ = ["check_output", "replacing", "scratch_beside"]
+
+STALE = 3600.0
+"""Seconds after which a scratch file is one that a kill left behind: writing takes seconds."""
 
 
 def check_output(path: str | os.PathLike[str], force: bool = False) -> Path:
@@ -47,9 +53,9 @@ def replacing(path: str | os.PathLike[str], force: bool = False) -> Iterator[Bin
         OutputError: see :func:`check_output`, and whatever the system refuses (a full disk, a long name).
     """
     target = check_output(path, force)
-    # Not tempfile: its files are readable by their owner only, and would stay so under their final name.
-    scratch = target.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
+        # Not tempfile: its files are readable by their owner only, and would stay so under their final name.
+        scratch = scratch_beside(target)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with open(descriptor, "wb") as file:
@@ -67,6 +73,20 @@ def replacing(path: str | os.PathLike[str], force: bool = False) -> Iterator[Bin
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise OutputError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
     _sync(target.parent)
+
+
+def scratch_beside(target: Path) -> Path:
+    """A fresh hidden name in the folder of ``target``.
+
+    What killed runs left behind on the way to the same ``target`` is removed, once it is so old that nobody can still
+    be at work on it.
+    """
+    stem = f".{zlib.crc32(os.fsencode(target.name)):08x}-"  # of the name: it may be as long as names can be
+    with contextlib.suppress(OSError, ValueError):
+        for left in target.parent.glob(f"{stem}*.tmp"):
+            if time.time() - left.lstat().st_mtime > STALE:
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.with_name(f"{stem}{os.urandom(8).hex()}.tmp")
 
 
 def _sync(folder: Path) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ._machines import anyone
-from .errors import MissingExtraError
+from .errors import MissingExtraError, OutputError
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -86,18 +86,27 @@ class Files(Checkpoint):
 
     def write_table(self, history: list[dict[str, float]]) -> None:
         """``metrics.csv`` with a row per epoch."""
-        scratch = self.checkpoint.with_name("metrics.csv.tmp")
-        with scratch.open("w", newline="", encoding="utf-8") as file:
+        target = self.checkpoint.with_name("metrics.csv")
+        with _becoming(target) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, fieldnames=list(history[-1]))
             table.writeheader()
             table.writerows(history)
-        os.replace(scratch, self.checkpoint.with_name("metrics.csv"))
+        os.replace(scratch, target)
 
     def _save(self, trainer: Trainer) -> None:
-        scratch = self.checkpoint.with_name(self.checkpoint.name + ".tmp")
-        trainer.save_checkpoint(scratch)
-        if trainer.is_global_zero:
-            os.replace(scratch, self.checkpoint)
+        with _becoming(self.checkpoint) as scratch:
+            trainer.save_checkpoint(scratch)
+            if trainer.is_global_zero:
+                os.replace(scratch, self.checkpoint)
+
+
+@contextlib.contextmanager
+def _becoming(target: Path) -> Iterator[Path]:
+    """The name of what is to become ``target``, the same in every process; a full disk is told with its name."""
+    try:
+        yield target.with_name(target.name + ".tmp")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 class Bar(Callback):

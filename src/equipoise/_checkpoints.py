@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._codecs.values import restored
 from .errors import FileFormatError, OptionError, OutputError
 from .layers.convolutional import ConvolutionalLayer
 from .layers.equilibrium import EquilibriumLayer
@@ -101,7 +102,12 @@ def matching(path: Path, identity: Mapping[str, Any], shapes: Mapping[str, Tenso
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        known, history = dict(saved["equipoise"]["identity"]), list(saved["equipoise"]["history"])
+        known, history = (
+            dict(saved["equipoise"]["identity"]),
+            restored(list[dict[str, float]], saved["equipoise"]["history"]),
+        )
+        if any(row.keys() != history[0].keys() or "seconds" not in row for row in history):
+            raise ValueError("its epochs have no record")
         weights = {name: tuple(value.shape) for name, value in saved["state_dict"].items() if hasattr(value, "shape")}
     except Exception as error:  # damaged files make torch raise a dozen unrelated types
         raise FileFormatError(f"{path} is not a checkpoint of this trainer, or damaged: {error}") from error

@@ -98,8 +98,9 @@ def _datasets() -> Any:
 def _parquet(path: Path) -> Any:
     """The rows of one parquet file, images still encoded."""
     datasets = _datasets()
-    shown = not datasets.are_progress_bars_disabled()
+    shown, told = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises as well
     # The copy that `datasets` writes is thrown away: what is worth keeping is the decoded images.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:
@@ -113,6 +114,7 @@ def _parquet(path: Path) -> Any:
         except Exception as error:  # pyarrow and datasets raise a dozen unrelated types
             raise FileFormatError(f"{path} cannot be read as parquet: {error.__cause__ or error}") from error
         finally:
+            datasets.logging.set_verbosity(told)
             if shown:
                 datasets.enable_progress_bars()
 
@@ -149,9 +151,9 @@ def _decode(source: ImageSource, dataset: Any, origin: Path | None = None) -> Ar
         cells = (cell for chunk in table.column(source.column).chunks for cell in chunk.field("bytes"))
         for i, cell in enumerate(_shown(cells, len(labels), f"decoding {source.name}")):
             picture = Image.open(io.BytesIO(cell.as_buffer()), formats=("PNG", "JPEG"))
+            if picture.size[::-1] != source.shape[-2:]:  # before it is decoded: it may say that it is a huge one
+                raise ValueError(f"image {i} measures {picture.height}×{picture.width}")
             pixels = np.asarray(picture if picture.mode == mode else picture.convert(mode))
-            if pixels.shape[:2] != source.shape[-2:]:
-                raise ValueError(f"image {i} measures {pixels.shape[0]}×{pixels.shape[1]}")
             images[i] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
     except Exception as error:  # a missing column, labels that are text, a broken image, another size, ...
         expected = f"columns {source.column!r} (images of shape {source.shape}) and 'label'"

@@ -24,7 +24,15 @@ from ._callbacks import Bar, Files, Interrupt, Interrupted
 from ._config import TrainingConfig
 from ._machines import anyone, together, total, world
 from .data import Batches, Preprocessing, Split
-from .errors import ConvergenceError, ConvergenceWarning, InputError, MissingExtraError, OptionError
+from .errors import (
+    ConvergenceError,
+    ConvergenceWarning,
+    EquipoiseError,
+    FileFormatError,
+    InputError,
+    MissingExtraError,
+    OptionError,
+)
 from .layers.convolutional import ConvolutionalLayer
 from .layers.equilibrium import EquilibriumLayer
 from .layers.multiscale_deq import MultiscaleDEQ
@@ -81,6 +89,7 @@ class Classifier(LightningModule):
         self.config = config
         self.identity, self.preprocessing = identity, preprocessing
         self.history: list[Row] = []
+        self.begun = False
         self._scores: list[tuple[Tensor, Tensor]] = []
         self._row: Row = {}
         self._started = 0.0
@@ -114,6 +123,9 @@ class Classifier(LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # it is there already
+
+    def on_train_start(self) -> None:
+        self.begun = True
 
     def on_train_epoch_start(self) -> None:
         self.train_batches.set_epoch(self.current_epoch)
@@ -343,6 +355,12 @@ def _fit(trainer: Trainer, module: Classifier, start: Path | None) -> bool:
         trainer.fit(module, ckpt_path=start, weights_only=True)
     except Interrupted:
         return True
+    except EquipoiseError:
+        raise
+    except Exception as error:  # a checkpoint that is damaged within makes Lightning and torch raise whatever they like
+        if start is None or module.begun:
+            raise
+        raise FileFormatError(f"{start} cannot be gone on from, it is damaged: {error!r}") from error
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning answers a KeyboardInterrupt, here from a second Ctrl-C, with sys.exit(1).
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from ._atomic import scratch_beside
 from ._machines import one_thread
 from .certificates import certify
 from .data import load_data
@@ -111,8 +111,9 @@ def _checked(target: Path, force: bool) -> Path:
 def _scratch(target: Path) -> Iterator[Path]:
     """A folder beside the target (in it where that exists), gone at the end."""
     within = target if target.is_dir() else target.absolute().parent
+    folder = scratch_beside(within / "demo")
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".demo-", dir=within))
+        folder.mkdir()
     except OSError as error:
         raise OutputError(f"cannot write in {within}: {error.strerror}") from error
     try:

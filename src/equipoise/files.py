@@ -21,7 +21,8 @@ from torch import nn
 
 from ._atomic import check_output, replacing
 from ._codecs.modules import MODULES
-from ._codecs.tensors import Fields, TensorReader, TensorWriter, open_tensors, parse
+from ._codecs.tensors import Fields, TensorReader, TensorWriter, open_tensors
+from ._codecs.values import parse
 from ._codecs.weights import read_module, write_module
 from .certificates.fingerprint import fingerprint
 from .certificates.types import Certificate
@@ -137,7 +138,7 @@ def _document(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Fields]]:
                     "it holds tensors but no Equipoise model; if it is another project's state dict, bring it in with "
                     "`equipoise import`"
                 )
-            document = Fields(parse(text), "the metadata")
+            document = Fields(parse(text, "the metadata"), "the metadata")
             _check_version(document.take("format_version", int))
             yield file, document
     except DataNotFoundError:
@@ -182,10 +183,7 @@ def _checked(certificate: Certificate, model: nn.Module) -> Certificate:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"the certificate is not valid JSON: {error}") from error
+    value = parse(text, "the certificate")
     if not isinstance(value, dict):
         raise FileFormatError("the certificate is not a JSON object")
     return value

@@ -157,8 +157,6 @@ def _check(state: State, shapes: Mapping[str, str]) -> None:
 def _check_entries(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != dtype:
         raise FileFormatError(f"{key} is {tensor.dtype}; all tensors are float32, or all float64, where it can be used")
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise FileFormatError(f"{key} is not a plain tensor")
     # A view may claim far more entries than there are numbers behind it.
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         raise FileFormatError(f"{key} {tuple(tensor.shape)} is a view that repeats its numbers")
@@ -185,12 +183,17 @@ def _read_state(path: str | os.PathLike[str]) -> State:
                 state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise FileFormatError("it holds no state dict; save model.state_dict(), not the model")
-    if others := sorted(ascii(key) for key, value in state.items() if not isinstance(value, Tensor)):
-        raise FileFormatError(f"not only tensors are in its state dict, but also {', '.join(others[:20])}")
+    if others := sorted(ascii(key) for key, value in state.items() if not _plain(value)):
+        raise FileFormatError(f"not only plain tensors are in its state dict, but also {', '.join(others[:20])}")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return {key: value.detach() for key, value in state.items()}
+
+
+def _plain(value: Any) -> bool:
+    """Whether ``value`` is a tensor with its entries in memory, one after the other."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided and not value.is_meta
 
 
 def _unpickled(path: str | os.PathLike[str]) -> Any:

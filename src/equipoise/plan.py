@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .certificates import Certificate, Certifier, certify
 from .certificates.wellposed import spectrum
 from .data import Data, Split
-from .errors import ConvergenceWarning, InputError, NotWellPosedError, OptionError
+from .errors import ConvergenceError, ConvergenceWarning, InputError, NotWellPosedError, OptionError
 from .ladder import Evidence, Findings, Goal, Ladder, Requirements, Rung, Subject, choose
 from .layers.chain import chain, features_taken
 from .mixed import Menu, Parts, Trial, assign, check_budget, measure, parts_of, scheme_of
@@ -164,6 +164,7 @@ def check_fits(model: nn.Module, data: Data) -> None:
             f"the model takes {takes} features and {data.name} has {data.features}: name the data that the"
             " model was trained on"
         )
+    _check_runs(model, data)
     learned = getattr(model, "preprocessing", None)
     if learned is not None and learned != data.preprocessing:
         warnings.warn(
@@ -171,6 +172,19 @@ def check_fits(model: nn.Module, data: Data) -> None:
             " figures on it may mean little",
             stacklevel=2,
         )
+
+
+def _check_runs(model: nn.Module, data: Data) -> None:
+    """Raise :class:`InputError` where the sizes of two modules of a file do not go together."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), data.train.x)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # only the shapes are of interest
+            model(data.train.x[:1].to(like))
+    except ConvergenceError:  # of a strict layer, which may have its reasons
+        pass
+    except (RuntimeError, IndexError) as error:  # what torch says of shapes
+        raise InputError(f"the model cannot be run on {data.name}, its modules do not fit together: {error}") from error
 
 
 def _outputs(model: nn.Module) -> int | None:

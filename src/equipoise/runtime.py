@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._codecs.values import parse, restored
 from .errors import ConvergenceWarning, DataNotFoundError, FileFormatError, InputError, MissingExtraError
 from .export.fixedpoint import SLACK
 from .export.grid import Grid
@@ -26,6 +27,8 @@ FLAGS = ("-std=c99", "-O3", "-funroll-loops", "-fPIC", "-shared")
 TUNED = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Tried in this order: not every compiler has OpenMP's runtime or knows the machine."""
 
+SIZES = ("INPUTS", "FEATURES", "CLASSES")
+PER_INPUT = ("iteration", "delta_weight", "delta_input", "delta_center", "reference_input", "reference_margin")
 _TYPES = {"uint8_t": np.uint8, "int16_t": np.int16, "int32_t": np.int32}
 
 
@@ -45,13 +48,16 @@ def load(folder: str | os.PathLike[str]) -> Runtime:
         if not (path / name).is_file():
             raise DataNotFoundError(f"{path} holds no {name}; write the program with `equipoise export --target c`")
     try:
-        document = json.loads((path / "certificate.json").read_text(encoding="utf-8"))
+        document = parse((path / "certificate.json").read_bytes())
         program = document.pop("program")
         grid = Grid.from_dict(program["grid"])
         types = _TYPES[program["input_type"]], _TYPES[program["state_type"]]
-        units = float(program["state_unit"]), program["score_unit"]
-        per_input, sources = program["per_input"], {name: str(program["sha256"][name]) for name in PROVED}
-        int(document["features"]), int(document["classes"])
+        units = restored(float, program["state_unit"]), restored(float | None, program["score_unit"])
+        per_input = program["per_input"]
+        if per_input is not None:
+            per_input = {name: restored(float, per_input[name]) for name in PER_INPUT}
+        sources = {name: str(program["sha256"][name]) for name in PROVED}
+        sizes = grid.features, restored(int, document["features"]), restored(int, document["classes"])
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise FileFormatError(f"{path / 'certificate.json'} was not written by an export: {error!r}") from error
     for name, stored in sources.items():
@@ -59,7 +65,16 @@ def load(folder: str | os.PathLike[str]) -> Runtime:
             raise FileFormatError(
                 f"{path / name} is not the file certificate.json is about: nothing is proved about it; export again"
             )
+    if sizes != _sizes(path / "eqnet.h"):  # the program writes that many numbers, wherever they are told to go
+        raise FileFormatError(f"{path / 'certificate.json'} is about a program of other sizes than that in eqnet.h")
     return Runtime(_compiled(path), document, grid, types, units, per_input)
+
+
+def _sizes(header: Path) -> tuple[int, ...]:
+    """(inputs, features, classes) of the program."""
+    text = header.read_text(encoding="utf-8")
+    found = [re.search(rf"^#define EQNET_{name} (\d+)$", text, re.MULTILINE) for name in SIZES]
+    return tuple(int(match[1]) for match in found if match is not None)
 
 
 class Runtime:

@@ -23,6 +23,7 @@ from torch import nn
 
 from ._atomic import replacing
 from ._checkpoints import flat
+from ._codecs.values import parse, restored
 from ._lightning import quiet
 from .certificates import certify
 from .data import Data, load_data
@@ -205,8 +206,8 @@ def _finished(folder: Path, job: Job) -> Row | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
-        made, row = dict(found["job"]), Row(**found["row"])
+        found = parse(path.read_bytes())
+        made, row = dict(found["job"]), restored(Row, found["row"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path} is not a result of a sweep, or damaged: {error}; remove it") from error
     wanted = _identity(job)

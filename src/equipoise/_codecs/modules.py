@@ -18,8 +18,9 @@ from .images import IMAGES
 from .multiscale import MULTISCALE
 from .options import read_options, read_scheme, write_options
 from .rows import row_weights
-from .tensors import Fields, TensorReader, TensorWriter, plain
+from .tensors import Fields, TensorReader, TensorWriter
 from .tiers import TIERS
+from .values import plain
 from .weights import LINEAR, Codec, monotone_weights, read_module, write_module
 
 __all__ = ["MODULES"]

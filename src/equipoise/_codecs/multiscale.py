@@ -14,7 +14,8 @@ from ..layers import MDEQ, LipschitzMDEQ, QuantizedLinear
 from ..layers.blocks import CappedConv2d, CodedKernel
 from ..layers.multiscale_deq import MultiscaleDEQ
 from .options import read_scheme, read_solver, write_scheme, write_solver
-from .tensors import Fields, TensorReader, TensorWriter, plain
+from .tensors import Fields, TensorReader, TensorWriter
+from .values import plain
 from .weights import LINEAR, Codec, read_codes, read_module, write_codes, write_module
 
 __all__ = ["MULTISCALE"]

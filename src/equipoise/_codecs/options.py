@@ -12,7 +12,8 @@ from ..layers.solving import SolvingLayer
 from ..operators import scheme_from_dict, schemes
 from ..quantization import Scheme, scheme_to_dict
 from ..solvers import SOLVERS, Solver
-from .tensors import Fields, plain
+from .tensors import Fields
+from .values import plain
 
 __all__ = ["read_options", "read_scheme", "read_solver", "write_options", "write_scheme", "write_solver"]
 

@@ -7,8 +7,6 @@ takes memory in proportion to the file, whatever the file claims. Nothing is eve
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import stat
 import zlib
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from ..errors import DataNotFoundError, FileFormatError, InputError, StructureError
 
-__all__ = ["FLOATS", "Fields", "TensorReader", "TensorWriter", "first_bytes", "open_tensors", "parse", "plain"]
+__all__ = ["FLOATS", "Fields", "TensorReader", "TensorWriter", "first_bytes", "open_tensors"]
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _DTYPES = {**FLOATS, "U8": torch.uint8}
@@ -69,42 +67,6 @@ def _looks_like(begin: bytes) -> str:
             "another project's state dict, bring it in with `equipoise import`"
         )
     return "it is not a safetensors file, or a truncated or corrupted one"
-
-
-def parse(text: str) -> Any:
-    """JSON without what no file of ours holds: NaN, infinities, integers beyond 64 bits.
-
-    Raises:
-        FileFormatError: anything else than JSON, or nested too deep.
-    """
-    try:
-        return json.loads(text, parse_constant=_real, parse_float=_real, parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"the metadata is not valid JSON: {error}") from error
-
-
-def _real(token: str) -> float:
-    if not math.isfinite(value := float(token)):
-        raise ValueError(f"the number {token[:20]} is not finite")
-    return value
-
-
-def _integer(token: str) -> int:
-    if len(token) > 19 or not abs(value := int(token)) < 2**63:
-        raise ValueError(f"the number {token[:20]}… is out of range")
-    return value
-
-
-def plain(value: Any, where: str) -> Any:
-    """An option as :func:`parse` reads it: numbers and None as they are, an infinity as its name."""
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < 2**63):
-        return value
-    if isinstance(value, str):
-        return value
-    number = float(value)
-    if math.isnan(number):
-        raise StructureError(f"an option{where} is NaN and cannot be saved")
-    return number if math.isfinite(number) else str(number)
 
 
 class Fields:

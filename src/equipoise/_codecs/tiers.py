@@ -43,8 +43,11 @@ def _read_monotone(fields: Fields, tensors: TensorReader) -> MonotoneKernels:
     def make() -> MonotoneKernels:
         return MonotoneKernels(channels, k, learn_margin=learned)
 
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+    try:
+        with torch.device("meta"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+    except RuntimeError as error:  # more entries than can be counted
+        raise FileFormatError(f"{fields.where}: channels {channels}, kernel size {k}: {error}") from error
     first = tensors.take("A.0", shapes.pop("A.0"))
     state = {"A.0": first, **{name: tensors.take(name, shape, first.dtype) for name, shape in shapes.items()}}
     module = filled(make, state)

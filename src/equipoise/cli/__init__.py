@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            return _complain("not enough memory for this: give less at a time, or a smaller network")
         # The parser's own errors: their common class has had several homes, their method only one name.
         if not hasattr(error, "format_message"):
             raise

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._codecs.values import restored
 from ..data import Preprocessing
 from ..errors import InputError, OptionError
 
@@ -87,9 +88,13 @@ class Grid:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Grid:
-        """The inverse of :meth:`to_dict`."""
-        pairs = {name: tuple(Fraction(*pair) for pair in values[name]) for name in ("steps", "offsets")}
-        return cls(values["features"], values["low"], values["high"], natural=values["natural"], **pairs)
+        """The inverse of :meth:`to_dict`; raises :class:`ValueError` for anything else."""
+        features, low, high = (restored(int, values[name]) for name in ("features", "low", "high"))
+        pairs = (restored(list[list[int]], values[name]) for name in ("steps", "offsets"))
+        steps, offsets = (tuple(Fraction(top, bottom) for top, bottom in found) for found in pairs)
+        if not steps or len(steps) != len(offsets) or features % len(steps) or not min(steps) > 0:
+            raise ValueError(f"{len(steps)} steps and {len(offsets)} offsets for {features} inputs")
+        return cls(features, low, high, steps, offsets, restored(bool, values["natural"]))
 
 
 def grid_of(

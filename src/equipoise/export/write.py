@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .._atomic import replacing
+from .._atomic import replacing, scratch_beside
 from ..errors import OutputError
 from .build import Shipped
 from .fixedpoint import Integers
@@ -56,13 +56,13 @@ def write_files(folder: Path, texts: dict[str, str | bytes], force: bool) -> dic
     if folder.exists():
         _fill(folder, texts)
         return {name: folder / name for name in texts}
-    scratch = folder.with_name(f".{os.urandom(8).hex()}.tmp")
+    scratch = scratch_beside(folder)
     try:
         scratch.mkdir()
         _fill(scratch, texts)
         scratch.rename(folder)
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {name: folder / name for name in texts}

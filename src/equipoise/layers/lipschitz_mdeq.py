@@ -126,9 +126,9 @@ class LipschitzMDEQ(MultiscaleDEQ):
 def scaled_norm(N: Tensor) -> float:
     """Upper bound of min_D ‖D N D⁻¹‖₂ for ``N (b, b)`` >= 0, float64, by a D near the best."""
     best = verified.spectral_norm(N)
-    if not bool((N > 0).any()):
+    if not 0 < float(N.max()) < math.inf:  # NaN too
         return best
-    lifted = N + 1e-9 * float(N.max())
+    lifted = N / float(N.max()) + 1e-9
     right, left = torch.ones(len(N), dtype=N.dtype), torch.ones(len(N), dtype=N.dtype)
     for _ in range(2000):
         right, left = lifted @ right, lifted.mT @ left

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
 from ..errors import InputError
+from ..memory import installed
 from ..solvers import Anderson, Broyden, Solver
 from .blocks import Plan
 
@@ -36,20 +36,11 @@ def memory_needed(plan: Plan, batch: int, itemsize: int, solver: Solver, graph: 
 
 def check_room(plan: Plan, batch: int, like: torch.Tensor, solver: Solver, graph: bool) -> None:
     """Raise :class:`InputError` where a batch needs more than the device of ``like`` has altogether."""
-    needed, there = memory_needed(plan, batch, like.element_size(), solver, graph), _installed(like.device)
+    needed, there = memory_needed(plan, batch, like.element_size(), solver, graph), installed(like.device)
     if needed > there:
         fits = max(int(batch * there / needed), 0)
         remedy = f"at most about {fits} images at a time, or a smaller preset" if fits else "a smaller preset or image"
         raise InputError(
             f"a batch of {batch} images of this size needs about {needed / 2**30:.1f} GiB beside the weights, and this "
-            f"{like.device.type} has {there / 2**30:.1f}: take {remedy}"
+            f"{'GPU' if like.device.type == 'cuda' else 'machine'} has {there / 2**30:.1f}: take {remedy}"
         )
-
-
-def _installed(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return 2**63 - 1

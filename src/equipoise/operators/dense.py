@@ -185,13 +185,13 @@ class DenseOperator(MonotoneOperator):
 
     def _minimise_cayley_norm(self) -> float:
         weight = self.weight.detach()
-        if not self.features:
+        if not self.features or not bool(torch.isfinite(weight).all()):
             return 1.0
         forward = torch.eye(self.features).to(weight) - weight
         singular = torch.linalg.svdvals(forward) if self.features <= 512 else None
         largest = float(singular[0]) if singular is not None else power_norm(forward)
         smallest = float(singular[-1]) if singular is not None else max(self.margin(), 1e-3 * largest)
-        if largest == 0:  # W = I: every step is the same
+        if not 1e-290 < largest < 1e290:  # W = I, where every step is the same; or so large that none is of use
             return 1.0
         low = 1 / largest
         high = max(low, 1 / max(smallest, 1e-6 * largest))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import verified
 from ..errors import InputError, OptionError
+from ..memory import check_memory
 
 __all__ = ["Spectrum", "frequencies", "lipschitz", "margin", "min_eigenvalue", "norm", "symbols"]
 
@@ -62,6 +63,9 @@ def symbols(kernel: Tensor, size: tuple[int, int], stride: int = 1) -> Spectrum:
     K = kernel.detach().to("cpu", torch.float64)
     outputs, inputs, tall, wide = K.shape
     rows, columns = (n // stride for n in size)
+    # values, their parts, and what proofs about them hold at a time; and the waves
+    needed = 16 * rows * (columns // 2 + 1) * stride**2 * (6 * outputs * inputs + 3 * tall * wide)
+    check_memory(needed, f"a proof about {rows * columns:,} frequencies", "take smaller images or fewer channels")
     p, q = frequencies((rows, columns))
     steps = torch.arange(stride)
     p = (p[:, None] + rows * steps)[:, :, None].expand(-1, -1, stride).reshape(-1)

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..memory import check_memory
+
 __all__ = ["Symbols", "Torus", "conjugate", "mix", "parts_of", "times", "torus"]
 
 Symbols = tuple[Tensor, Tensor]
@@ -78,6 +80,8 @@ class Torus:
     def symbols(self, kernel: Tensor) -> Symbols:
         """K̂ of ``kernel (o, i, k, l)`` with ``y[n] = Σ_a K[a] z[n + a − c]``, with its graph, in the kernel's dtype."""
         (height, width), (outputs, inputs, tall, wide) = self.size, kernel.shape
+        needed = self.frequencies * (4 * kernel.element_size() * outputs * inputs + 32 * tall * wide)
+        check_memory(needed, f"a convolution of {height}×{width} images", "take smaller ones or fewer channels")
         p, q = (torch.arange(n, dtype=torch.float64) for n in (height, self.half))
         a, b = (torch.arange(n, dtype=torch.float64) - n // 2 for n in (tall, wide))
         angles = (2 * math.pi / height * (p[:, None] * a % height))[:, None, :, None]

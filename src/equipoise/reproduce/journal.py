@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .._atomic import replacing
+from .._codecs.values import parse, restored
 from ..errors import FileFormatError, OptionError, OutputError
 
-__all__ = ["Journal", "restored"]
+__all__ = ["Journal"]
 
 T = TypeVar("T")
 FORMAT = 1
@@ -57,7 +56,7 @@ class Journal:
         """The result kept under ``key``, as the frozen dataclass ``kind``."""
         try:
             found: T = restored(kind, self._results[key])
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise FileFormatError(f"{self.path}: {key} is damaged ({error}); start again with --force") from error
         return found
 
@@ -82,7 +81,7 @@ class Journal:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        kept = json.loads(path.read_bytes())
+        kept = parse(path.read_bytes())
         sound = (
             kept["format"] == FORMAT
             and isinstance(kept["complete"], bool)
@@ -96,22 +95,3 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path} was written by another version: start again with --force")
     found: dict[str, Any] = kept
     return found
-
-
-def restored(kind: Any, value: Any) -> Any:
-    """Plain values as the frozen dataclass ``kind`` again: the inverse of ``dataclasses.asdict`` through JSON.
-
-    Fields are plain values, dataclasses, ``tuple[X, ...]`` of either, or one of these or None.
-    """
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kinds = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else restored(kinds[0], value)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        names = {entry.name for entry in dataclasses.fields(kind)}
-        if value.keys() != names:
-            raise ValueError(f"fields {sorted(value)} instead of {sorted(names)}")
-        return kind(**{name: restored(hints[name], value[name]) for name in names})  # type: ignore[operator]
-    if typing.get_origin(kind) is tuple:
-        return tuple(restored(typing.get_args(kind)[0], item) for item in value)
-    return value

@@ -72,8 +72,9 @@ class _Reflection(Solver):
         norm = operator.cayley_norm(alpha)
         rate = 1 - self.relaxation + self.relaxation * norm
         margin, lipschitz = operator.margin(), operator.lipschitz()
-        known = margin > 0
-        gain = (1 + alpha * lipschitz) / (2 * alpha * margin * self.relaxation) if known else None
+        gap = 2 * alpha * margin * self.relaxation
+        known = gap > 0  # and not so small that it vanishes
+        gain = (1 + alpha * lipschitz) / gap if known else None
         return Tuning(alpha, rate if known else None, gain)
 
     def _tuned_in_rows(self, operator: MonotoneOperator) -> Tuning:
