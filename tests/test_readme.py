@@ -31,6 +31,16 @@ def test_files_that_the_readme_points_to_exist() -> None:
     assert [link for link in links if not (README.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", [README, README.parent / "docs" / "index.md"], ids=lambda page: page.name)
+def test_every_page_and_tutorial_is_linked(page: Path) -> None:
+    docs = README.parent / "docs"
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    linked = {(page.parent / link).resolve() for link in links} | {page.resolve()}
+    assert {path.resolve() for path in (*docs.glob("*.md"), *docs.glob("tutorials/*.py"))} <= linked | {
+        docs / "index.md"
+    }
+
+
 @pytest.mark.parametrize(
     "markdown",
     [
