@@ -122,19 +122,31 @@ def _number(node: ast.AST) -> float | None:
 
 
 HELPER = """
+_changes = []
+
 def _mutated(value, factor):
     import torch
     if isinstance(value, bool):
         return value
     if isinstance(value, float):
-        return value * (factor if value > 0 else 2 - factor)
+        changed = value * (factor if value > 0 else 2 - factor)
+        _changes.extend([True] * (changed != value))
+        return changed
     if isinstance(value, torch.Tensor) and value.is_floating_point():
+        _changes.extend([True] * (value.numel() > 0))
         return value * torch.where(value > 0, factor, 2 - factor).to(value)
     if type(value) is tuple:
         return tuple(_mutated(item, factor) for item in value)
-    if isinstance(value, tuple):  # points stay where they are, bounds about them change
-        points = ("value", "quantized", "reference", "u", "z", "q")
+    if type(value).__name__ == "Box":  # narrower about its centre
+        _changes.append(True)
+        center, half = value.low / 2 + value.high / 2, value.high / 2 - value.low / 2
+        return type(value)(center - factor * half, center + factor * half)
+    points = ("value", "values", "image", "quantized", "reference", "u", "z", "q")  # stay, bounds about them change
+    if isinstance(value, tuple):
         return value._replace(**{n: _mutated(getattr(value, n), factor) for n in value._fields if n not in points})
+    if type(value).__name__ in ("Bounds", "Gap"):
+        import dataclasses
+        return dataclasses.replace(value, **{n: _mutated(v, factor) for n, v in vars(value).items() if n not in points})
     return value
 """
 

@@ -98,6 +98,9 @@ LONGEST = 2.0
 LIMIT = 150
 """Seconds of the processor that a mutant may take, and six times as many by the clock; one that hangs is noticed."""
 
+VOID = "void"
+"""In the journal: a ``return`` that gave nothing to multiply."""
+
 SOURCE = Path(equipoise.__file__).parent
 
 Functions = set[tuple[str, str]]
@@ -162,7 +165,7 @@ def run_trials() -> str:
     for index in range(POOL):
         begin = time.process_time()
         with watched() as seen:
-            _, ledger = trial(SEED, index)
+            ledger = trial(SEED, index)[1]
         if ledger.violations:
             raise SystemExit(f"trial {index}: {ledger.violations[0]} without a mutant")
         ratios = {name: float(tally.ratio) for name, tally in ledger.tallies.items()}
@@ -279,21 +282,18 @@ class Mutate:
 
     def tried(self, functions: list[FunctionType], site: Site, source: str, tests: list[str]) -> str:
         """The first that fails, or nothing."""
-        put_in(functions, site, source)
-        for index in self.chosen(site, self.trials):
-            try:
-                _, ledger = trial(SEED, index)
-            except Exception as error:
-                return f"trial {index}: {type(error).__name__}"
-            if ledger.violations:
-                return f"trial {index}: {ledger.violations[0]['bound']}"
+        changes, trials = put_in(functions, site, source), self.chosen(site, self.trials)
+        for index in trials:
+            if found := trial(SEED, index)[1].violations:
+                return f"trial {index}: {found[0]['bound']}"
         self.watch.failed = ""
         for name in tests:
             item = self.items[name]
             item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
             if self.watch.failed:
                 return self.watch.failed
-        return ""
+        called = site.kind == "return" and (trials or tests)
+        return VOID if called and not changes else ""
 
 
 def defined(file: str) -> list[FunctionType]:
@@ -302,8 +302,9 @@ def defined(file: str) -> list[FunctionType]:
     return [found for found in gc.get_objects() if type(found) is FunctionType and found.__code__.co_filename == path]
 
 
-def put_in(functions: list[FunctionType], site: Site, source: str) -> None:
-    """Give the functions of the module that is loaded their code from ``source``, or the module its numbers."""
+def put_in(functions: list[FunctionType], site: Site, source: str) -> list[bool]:
+    """Give the functions of the module that is loaded their code from ``source``, or the module its numbers; a list
+    that is longer whenever a mutated ``return`` gave a number."""
     path, codes = str(SOURCE / site.file), dict[str, CodeType]()
     module = next(vars(m) for m in list(sys.modules.values()) if getattr(m, "__file__", None) == path)
 
@@ -320,12 +321,14 @@ def put_in(functions: list[FunctionType], site: Site, source: str) -> None:
             function.__code__ = codes[function.__code__.co_qualname]
     fresh = {**module}
     exec(whole if not site.function else HELPER, fresh)  # of its classes and functions none is used
-    module["_mutated"] = fresh.get("_mutated")
+    module |= {name: fresh.get(name) for name in ("_mutated", "_changes")}
     for name, value in fresh.items():
         if isinstance(value, (int, float)) and value != (old := module.get(name)):
             for other in [vars(m) for m in list(sys.modules.values()) if getattr(m, "__name__", "")[:9] == "equipoise"]:
                 if other.get(name) is old:
                     other[name] = value
+    changes: list[bool] = fresh["_changes"] if site.function else []
+    return changes
 
 
 def seen_before(path: Path, kind: str, look: Callable[[], str], names: list[str] | None = None) -> list[dict[str, Any]]:
@@ -388,7 +391,8 @@ def report(known: dict[str, dict[str, Any]]) -> int:
     left = [line for line in known.values() if line["killer"] is None]
     for line in left:
         print(f"{line['file']}:{line['line']} {line['function']} ({line['kind']}): {line['source']}")
-    print(f"{len(known)} mutants, {len(left)} survivors")
+    void = sum(line["killer"] == VOID for line in known.values())
+    print(f"{len(known) - void} mutants, {len(left)} survivors; {void} places where there was nothing to change")
     return 1 if left else 0
 
 
