@@ -33,8 +33,8 @@ NO_BOUNDS = {
 
 
 class Site(NamedTuple):
-    """Where a module is mutated: the ``number``-th return or constant, on ``line`` of ``function``; ``key`` stays the
-    same as long as the function does, wherever in its file it stands."""
+    """Where a module is mutated: the ``number``-th return or constant, on ``line`` of ``function``, whose full name
+    is ``place``; ``key`` stays the same as long as the function does, wherever in its file it stands."""
 
     file: str
     kind: str
@@ -43,6 +43,7 @@ class Site(NamedTuple):
     function: str
     source: str
     key: str
+    place: str
 
 
 class Walker(ast.NodeTransformer):
@@ -51,21 +52,29 @@ class Walker(ast.NodeTransformer):
     def __init__(self, kind: str | None = None, number: int = -1, factor: float = 1.0) -> None:
         self.target, self.factor = (kind, number), factor
         self.counts = {"return": 0, "constant": 0}
-        self.found: list[tuple[str, int, int, str, str, bool]] = []
-        self.function = self.code = ""
+        self.found: list[tuple[str, int, int, str, str, bool, str]] = []
+        self.function = self.code = self.place = ""
         self.rounding = False
 
     def _site(self, kind: str, node: Any) -> bool:
         number = self.counts[kind]
         self.counts[kind] += 1
-        self.found.append((kind, number, node.lineno, self.function, self.code, self.rounding))
+        self.found.append((kind, number, node.lineno, self.function, self.code, self.rounding, self.place))
         return (kind, number) == self.target
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        outer = self.function, self.code
-        self.function, self.code = node.name, "" if self.target[0] else ast.unparse(node)
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        outer, self.place = self.place, f"{self.place}.{node.name}".lstrip(".")
         self.generic_visit(node)
-        self.function, self.code = outer
+        self.place = outer
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        outer = self.function, self.code, self.place
+        inside = f"{self.place}.<locals>" if self.function else self.place
+        self.function, self.place = node.name, f"{inside}.{node.name}".lstrip(".")
+        self.code = "" if self.target[0] else ast.unparse(node)
+        self.generic_visit(node)
+        self.function, self.code, self.place = outer
         return node
 
     def visit_Return(self, node: ast.Return) -> Any:
@@ -157,11 +166,12 @@ def sites(file: str) -> list[Site]:
     walker, lines, counts = Walker(), text.splitlines(), Counter[str]()
     walker.visit(ast.parse(text))
     found = []
-    for kind, number, line, function, code, rounding in walker.found:
-        place = f"{file}:{function}:{zlib.crc32(code.encode()):08x}:{kind}"
+    for kind, number, line, function, code, rounding, place in walker.found:
+        key = f"{file}:{function}:{zlib.crc32(code.encode()):08x}:{kind}"
         if not rounding:
-            found.append(Site(file, kind, number, line, function, lines[line - 1].strip(), f"{place}:{counts[place]}"))
-        counts[place] += 1
+            source = lines[line - 1].strip()
+            found.append(Site(file, kind, number, line, function, source, f"{key}:{counts[key]}", place))
+        counts[key] += 1
     return found
 
 

@@ -104,7 +104,7 @@ VOID = "void"
 SOURCE = Path(equipoise.__file__).parent
 
 Functions = set[tuple[str, str]]
-"""Functions of the library, (module, name)."""
+"""Functions of the library, (module, qualified name)."""
 
 
 def child(work: Callable[[], str], limit: int) -> tuple[str, str | None]:
@@ -148,7 +148,7 @@ def watched() -> Iterator[Functions]:
         code = frame.f_code
         if code not in known:
             inside = code.co_filename.startswith(prefix)
-            known[code] = (code.co_filename.removeprefix(prefix), code.co_name) if inside else None
+            known[code] = (code.co_filename.removeprefix(prefix), code.co_qualname) if inside else None
         if (found := known[code]) is not None:
             seen.add(found)
 
@@ -268,7 +268,7 @@ class Mutate:
         """Names of what calls the site's function, the quickest first, as far as patience goes."""
         left, found = self.patience, []
         for line in lines:
-            if left > 0 and (not site.function or (site.file, site.function) in line["calls"]):
+            if left > 0 and (not site.place or (site.file, site.place) in line["calls"]):
                 found.append(line["name"])
                 left -= line["seconds"]
         return found
@@ -320,14 +320,14 @@ def put_in(functions: list[FunctionType], site: Site, source: str) -> list[bool]
         if function.__globals__ is module and function.__code__.co_qualname in codes:
             function.__code__ = codes[function.__code__.co_qualname]
     fresh = {**module}
-    exec(whole if not site.function else HELPER, fresh)  # of its classes and functions none is used
+    exec(HELPER if site.place else whole, fresh)  # of its classes and functions none is used
     module |= {name: fresh.get(name) for name in ("_mutated", "_changes")}
     for name, value in fresh.items():
         if isinstance(value, (int, float)) and value != (old := module.get(name)):
             for other in [vars(m) for m in list(sys.modules.values()) if getattr(m, "__name__", "")[:9] == "equipoise"]:
                 if other.get(name) is old:
                     other[name] = value
-    changes: list[bool] = fresh["_changes"] if site.function else []
+    changes: list[bool] = fresh["_changes"] if site.place else []
     return changes
 
 
