@@ -33,8 +33,8 @@ NO_BOUNDS = {
 
 
 class Site(NamedTuple):
-    """Where a module is mutated: the ``number``-th return or constant, on ``line`` of ``function``; ``key`` stays the
-    same as long as the function does, wherever in its file it stands."""
+    """Where a module is mutated: the ``number``-th return or constant, on ``line`` of ``function``, whose full name
+    is ``place``; ``key`` stays the same as long as the function does, wherever in its file it stands."""
 
     file: str
     kind: str
@@ -43,6 +43,7 @@ class Site(NamedTuple):
     function: str
     source: str
     key: str
+    place: str
 
 
 class Walker(ast.NodeTransformer):
@@ -51,21 +52,29 @@ class Walker(ast.NodeTransformer):
     def __init__(self, kind: str | None = None, number: int = -1, factor: float = 1.0) -> None:
         self.target, self.factor = (kind, number), factor
         self.counts = {"return": 0, "constant": 0}
-        self.found: list[tuple[str, int, int, str, str, bool]] = []
-        self.function = self.code = ""
+        self.found: list[tuple[str, int, int, str, str, bool, str]] = []
+        self.function = self.code = self.place = ""
         self.rounding = False
 
     def _site(self, kind: str, node: Any) -> bool:
         number = self.counts[kind]
         self.counts[kind] += 1
-        self.found.append((kind, number, node.lineno, self.function, self.code, self.rounding))
+        self.found.append((kind, number, node.lineno, self.function, self.code, self.rounding, self.place))
         return (kind, number) == self.target
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        outer = self.function, self.code
-        self.function, self.code = node.name, "" if self.target[0] else ast.unparse(node)
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        outer, self.place = self.place, f"{self.place}.{node.name}".lstrip(".")
         self.generic_visit(node)
-        self.function, self.code = outer
+        self.place = outer
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        outer = self.function, self.code, self.place
+        inside = f"{self.place}.<locals>" if self.function else self.place
+        self.function, self.place = node.name, f"{inside}.{node.name}".lstrip(".")
+        self.code = "" if self.target[0] else ast.unparse(node)
+        self.generic_visit(node)
+        self.function, self.code, self.place = outer
         return node
 
     def visit_Return(self, node: ast.Return) -> Any:
@@ -122,19 +131,31 @@ def _number(node: ast.AST) -> float | None:
 
 
 HELPER = """
+_changes = []
+
 def _mutated(value, factor):
     import torch
     if isinstance(value, bool):
         return value
     if isinstance(value, float):
-        return value * (factor if value > 0 else 2 - factor)
+        changed = value * (factor if value > 0 else 2 - factor)
+        _changes.extend([True] * (changed != value))
+        return changed
     if isinstance(value, torch.Tensor) and value.is_floating_point():
+        _changes.extend([True] * (value.numel() > 0))
         return value * torch.where(value > 0, factor, 2 - factor).to(value)
     if type(value) is tuple:
         return tuple(_mutated(item, factor) for item in value)
-    if isinstance(value, tuple):  # points stay where they are, bounds about them change
-        points = ("value", "quantized", "reference", "u", "z", "q")
+    if type(value).__name__ == "Box":  # narrower about its centre
+        _changes.append(True)
+        center, half = value.low / 2 + value.high / 2, value.high / 2 - value.low / 2
+        return type(value)(center - factor * half, center + factor * half)
+    points = ("value", "values", "image", "quantized", "reference", "u", "z", "q")  # stay, bounds about them change
+    if isinstance(value, tuple):
         return value._replace(**{n: _mutated(getattr(value, n), factor) for n in value._fields if n not in points})
+    if type(value).__name__ in ("Bounds", "Gap"):
+        import dataclasses
+        return dataclasses.replace(value, **{n: _mutated(v, factor) for n, v in vars(value).items() if n not in points})
     return value
 """
 
@@ -145,11 +166,12 @@ def sites(file: str) -> list[Site]:
     walker, lines, counts = Walker(), text.splitlines(), Counter[str]()
     walker.visit(ast.parse(text))
     found = []
-    for kind, number, line, function, code, rounding in walker.found:
-        place = f"{file}:{function}:{zlib.crc32(code.encode()):08x}:{kind}"
+    for kind, number, line, function, code, rounding, place in walker.found:
+        key = f"{file}:{function}:{zlib.crc32(code.encode()):08x}:{kind}"
         if not rounding:
-            found.append(Site(file, kind, number, line, function, lines[line - 1].strip(), f"{place}:{counts[place]}"))
-        counts[place] += 1
+            source = lines[line - 1].strip()
+            found.append(Site(file, kind, number, line, function, source, f"{key}:{counts[key]}", place))
+        counts[key] += 1
     return found
 
 

@@ -98,10 +98,13 @@ LONGEST = 2.0
 LIMIT = 150
 """Seconds of the processor that a mutant may take, and six times as many by the clock; one that hangs is noticed."""
 
+VOID = "void"
+"""In the journal: a ``return`` that gave nothing to multiply."""
+
 SOURCE = Path(equipoise.__file__).parent
 
 Functions = set[tuple[str, str]]
-"""Functions of the library, (module, name)."""
+"""Functions of the library, (module, qualified name)."""
 
 
 def child(work: Callable[[], str], limit: int) -> tuple[str, str | None]:
@@ -145,7 +148,7 @@ def watched() -> Iterator[Functions]:
         code = frame.f_code
         if code not in known:
             inside = code.co_filename.startswith(prefix)
-            known[code] = (code.co_filename.removeprefix(prefix), code.co_name) if inside else None
+            known[code] = (code.co_filename.removeprefix(prefix), code.co_qualname) if inside else None
         if (found := known[code]) is not None:
             seen.add(found)
 
@@ -162,7 +165,7 @@ def run_trials() -> str:
     for index in range(POOL):
         begin = time.process_time()
         with watched() as seen:
-            _, ledger = trial(SEED, index)
+            ledger = trial(SEED, index)[1]
         if ledger.violations:
             raise SystemExit(f"trial {index}: {ledger.violations[0]} without a mutant")
         ratios = {name: float(tally.ratio) for name, tally in ledger.tallies.items()}
@@ -265,7 +268,7 @@ class Mutate:
         """Names of what calls the site's function, the quickest first, as far as patience goes."""
         left, found = self.patience, []
         for line in lines:
-            if left > 0 and (not site.function or (site.file, site.function) in line["calls"]):
+            if left > 0 and (not site.place or (site.file, site.place) in line["calls"]):
                 found.append(line["name"])
                 left -= line["seconds"]
         return found
@@ -279,21 +282,18 @@ class Mutate:
 
     def tried(self, functions: list[FunctionType], site: Site, source: str, tests: list[str]) -> str:
         """The first that fails, or nothing."""
-        put_in(functions, site, source)
-        for index in self.chosen(site, self.trials):
-            try:
-                _, ledger = trial(SEED, index)
-            except Exception as error:
-                return f"trial {index}: {type(error).__name__}"
-            if ledger.violations:
-                return f"trial {index}: {ledger.violations[0]['bound']}"
+        changes, trials = put_in(functions, site, source), self.chosen(site, self.trials)
+        for index in trials:
+            if found := trial(SEED, index)[1].violations:
+                return f"trial {index}: {found[0]['bound']}"
         self.watch.failed = ""
         for name in tests:
             item = self.items[name]
             item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
             if self.watch.failed:
                 return self.watch.failed
-        return ""
+        called = site.kind == "return" and (trials or tests)
+        return VOID if called and not changes else ""
 
 
 def defined(file: str) -> list[FunctionType]:
@@ -302,8 +302,9 @@ def defined(file: str) -> list[FunctionType]:
     return [found for found in gc.get_objects() if type(found) is FunctionType and found.__code__.co_filename == path]
 
 
-def put_in(functions: list[FunctionType], site: Site, source: str) -> None:
-    """Give the functions of the module that is loaded their code from ``source``, or the module its numbers."""
+def put_in(functions: list[FunctionType], site: Site, source: str) -> list[bool]:
+    """Give the functions of the module that is loaded their code from ``source``, or the module its numbers; a list
+    that is longer whenever a mutated ``return`` gave a number."""
     path, codes = str(SOURCE / site.file), dict[str, CodeType]()
     module = next(vars(m) for m in list(sys.modules.values()) if getattr(m, "__file__", None) == path)
 
@@ -319,13 +320,15 @@ def put_in(functions: list[FunctionType], site: Site, source: str) -> None:
         if function.__globals__ is module and function.__code__.co_qualname in codes:
             function.__code__ = codes[function.__code__.co_qualname]
     fresh = {**module}
-    exec(whole if not site.function else HELPER, fresh)  # of its classes and functions none is used
-    module["_mutated"] = fresh.get("_mutated")
+    exec(HELPER if site.place else whole, fresh)  # of its classes and functions none is used
+    module |= {name: fresh.get(name) for name in ("_mutated", "_changes")}
     for name, value in fresh.items():
         if isinstance(value, (int, float)) and value != (old := module.get(name)):
             for other in [vars(m) for m in list(sys.modules.values()) if getattr(m, "__name__", "")[:9] == "equipoise"]:
                 if other.get(name) is old:
                     other[name] = value
+    changes: list[bool] = fresh["_changes"] if site.place else []
+    return changes
 
 
 def seen_before(path: Path, kind: str, look: Callable[[], str], names: list[str] | None = None) -> list[dict[str, Any]]:
@@ -388,7 +391,8 @@ def report(known: dict[str, dict[str, Any]]) -> int:
     left = [line for line in known.values() if line["killer"] is None]
     for line in left:
         print(f"{line['file']}:{line['line']} {line['function']} ({line['kind']}): {line['source']}")
-    print(f"{len(known)} mutants, {len(left)} survivors")
+    void = sum(line["killer"] == VOID for line in known.values())
+    print(f"{len(known) - void} mutants, {len(left)} survivors; {void} places where there was nothing to change")
     return 1 if left else 0
 
 
