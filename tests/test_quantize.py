@@ -42,7 +42,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("kind", SCHEME_KINDS)
+@pytest.mark.parametrize("kind", KEYS)
 def test_a_quantized_layer_holds_codes_and_scales_only(kind: Any) -> None:
     model = classifier()
     state = eq.quantize(model, kind(3, input_bits=4, bias_bits=5, head_bits=6)).state_dict()
