@@ -93,11 +93,9 @@ REFUSED: dict[str, list[Command]] = {
         ["certify", "small.safetensors", "--data", "digits"],
         ["plan", "float.safetensors", "--data", "digits"],
         ["bench", "--quick"],
-    ],
-    "data": [
-        ["certify", "small.safetensors", "--data", "mnist"],
         ["reproduce", "li2026", "--quick", "--out", "paper"],
     ],
+    "data": [["certify", "small.safetensors", "--data", "mnist"]],
     "export": [["export", "small.safetensors", "--target", "onnx", "--out", "graphs"]],
 }
 """What says, without the extra, which one is missing."""
@@ -110,7 +108,9 @@ def run(python: Path, work: Path, what: str | Command, fails: bool = False) -> s
     else:
         command = ["-m", *([] if what[0] in ("pip", "mkdocs") else ["equipoise"]), *what]
     environment = {"PATH": os.defpath, "HOME": str(work), "TERM": "dumb", "NO_MKDOCS_2_WARNING": "1"}
-    environment |= {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "EQUIPOISE_DATA")}
+    environment |= {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "EQUIPOISE_DATA")
+    }
     done = subprocess.run([python, *command], cwd=work, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != (2 if fails else 0) or "Traceback" in done.stderr:
         sys.exit(f"{what}: exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
