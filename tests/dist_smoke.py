@@ -93,11 +93,9 @@ REFUSED: dict[str, list[Command]] = {
         ["certify", "small.safetensors", "--data", "digits"],
         ["plan", "float.safetensors", "--data", "digits"],
         ["bench", "--quick"],
-    ],
-    "data": [
-        ["certify", "small.safetensors", "--data", "mnist"],
         ["reproduce", "li2026", "--quick", "--out", "paper"],
     ],
+    "data": [["certify", "small.safetensors", "--data", "mnist"]],
     "export": [["export", "small.safetensors", "--target", "onnx", "--out", "graphs"]],
 }
 """What says, without the extra, which one is missing."""
