@@ -179,7 +179,10 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(path: Path, little_memory
 
 def test_no_memory_is_one_line(path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(model_file("classifier"))
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")):
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+    ):
 
         def failing(*_: object, error: Exception = error) -> None:
             raise error

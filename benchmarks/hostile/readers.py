@@ -184,8 +184,13 @@ def _states() -> dict[str, dict[str, Tensor]]:
     theirs = {f"mon.linear_module.{key}": value for key, value in core.items()}
     return {
         "mondeq-quant": {
-            **{"A": torch.eye(3)[:2], "S": torch.ones(3, 3), "m_raw": torch.tensor(0.1), "U": torch.ones(3, 4)},
-            **{"b": torch.zeros(3), "classifier.weight": torch.ones(2, 3), "classifier.bias": torch.zeros(2)},
+            "A": torch.eye(3)[:2],
+            "S": torch.ones(3, 3),
+            "m_raw": torch.tensor(0.1),
+            "U": torch.ones(3, 4),
+            "b": torch.zeros(3),
+            "classifier.weight": torch.ones(2, 3),
+            "classifier.bias": torch.zeros(2),
         },
         "monotone_op_net": {**theirs, "mon.linear_module.B.weight": torch.ones(3, 3), **head},
         "nemon": {**theirs, "mon.linear_module.d": torch.zeros(3), **head},
@@ -481,7 +486,7 @@ def _bend_program(rng: Random) -> dict[str, bytes]:
 
 
 @cache
-def _compiled_once(_: str) -> Any:
+def _compiled_once() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in exported().items():
             (Path(folder) / name).write_bytes(content)
@@ -489,7 +494,7 @@ def _compiled_once(_: str) -> Any:
 
 
 def _read_program(path: Path) -> None:
-    with mock.patch.object(runtime, "_compiled", lambda folder: _compiled_once("")):
+    with mock.patch.object(runtime, "_compiled", return_value=_compiled_once()):
         program = runtime.load(path)
     x = np.full((2, 4), 0.5)
     program(x)
