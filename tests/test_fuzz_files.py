@@ -31,7 +31,8 @@ import fuzz
 from hostile import NAMES
 from hostile.junk import checksum
 from hostile.models import MODELS
-from hostile.readers import READERS, SOURCE, Bomb, bomb_png, exported, model_file, parts
+from hostile.networks import Bomb, model_file, parts
+from hostile.readers import READERS, SOURCE, bomb_png, exported
 
 COUNTS = {"model": 40, "training": 4, "images": 5, "sweep": 15, "checkpoint": 20}
 """Examples of a run, of readers that take long."""
