@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
+import inspect
 import io
+import math
 import os
-import sys
-from collections.abc import Iterator
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,18 +24,27 @@ from torch import nn
 import equipoise as eq
 from command_line import write_models
 from equipoise.cli import common, main
+from equipoise.data import Preprocessing
+from equipoise.jobs import Job
+from equipoise.training import TrainingConfig
 
 JUNK = (
-    "", " ", "-1", "0", "1", "2", "3", "17", "32", "33", "0.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400", "1e-200", "1e39",
-    "9" * 30, "0x10", "1_000", "٣", "é\n", "\u202e", "a" * 5000, "-", "--", "--json", "--force", "-h x", "null", "None", "[]",
-    "1,2", "1-3", "3-1", "1-", ",", "8-1,8", "0-9999999999", "1-10001", "%s", "$HOME", "../..", "~", "structured", "cayley", "float,float",
+    "", " ", "-1", "0", "1", "2", "3", "17", "32", "33", "0.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400",
+    "1e-200", "1e39",
+    "9" * 30, "0x10", "1_000", "٣", "é\n", "\u202e", "a" * 5000, "-", "--", "--json", "--force", "-h x", "null",
+    "None", "[]",
+    "1,2", "1-3", "3-1", "1-", ",", "8-1,8", "0-9999999999", "1-10001", "%s", "$HOME", "../..", "~", "structured",
+    "cayley", "float,float",
 )  # fmt: skip
 """For any option, whatever it takes."""
 
 PATHS = (
-    "absent", "no/such/folder/file", "float.safetensors", "small.safetensors", "lost.safetensors", "five.safetensors", "garbage",
-    "truncated", "folder", "full folder", "pipe", "broken link", "loop", "/dev/null", "/dev/full", "/dev/stdin", "/", ".", "..",
-    "float.safetensors/x", "new\nline", "ünïcode", "x" * 300, "nu\0l", "/proc/self/mem", "/proc/nothing", "-dash", "empty",
+    "absent", "no/such/folder/file", "float.safetensors", "small.safetensors", "lost.safetensors",
+    "five.safetensors", "garbage",
+    "truncated", "folder", "full folder", "pipe", "broken link", "loop", "/dev/null", "/dev/full", "/dev/stdin",
+    "/", ".", "..",
+    "float.safetensors/x", "new\nline", "ünïcode", "x" * 300, "nu\0l", "/proc/self/mem", "/proc/nothing", "-dash",
+    "empty",
 )  # fmt: skip
 """For options that take a path, as text that the folder of :func:`folder` gives a meaning."""
 
@@ -49,7 +62,12 @@ QUICK = {
 }
 """What each command is given beside the junk: little work."""
 
-WORK = ("equipoise.jobs.Job.run", "equipoise.demo._run", "equipoise.bench.solve.run", "equipoise.reproduce.run._run")
+WORK = (
+    (Job, "run"),
+    (importlib.import_module("equipoise.demo"), "_run"),
+    (importlib.import_module("equipoise.bench.solve"), "run"),
+    (importlib.import_module("equipoise.reproduce.run"), "_run"),
+)
 """Not done here: it takes long, and it is what other tests are about."""
 
 
@@ -124,7 +142,11 @@ def lines(rng: Random, command: str) -> list[str]:
     arguments = list(QUICK[command])
     known = options(command)
     for name in rng.sample(sorted(known), min(len(known), rng.choice([1, 1, 2]))):
-        value = rng.choice(PATHS if rng.random() < (0.7 if name in ("file", "out", "reference", "data_dir", "log_dir") else 0.1) else JUNK)
+        value = rng.choice(
+            PATHS
+            if rng.random() < (0.7 if name in ("file", "out", "reference", "data_dir", "log_dir") else 0.1)
+            else JUNK
+        )
         switches = known[name]
         if not switches:
             arguments[:1] = [value]
@@ -135,3 +157,166 @@ def lines(rng: Random, command: str) -> list[str]:
                 del arguments[place : place + 2]
         arguments += rng.choice([[switches[0], value], [f"{switches[0]}={value}"], [switches[0]]])
     return arguments
+
+
+@pytest.fixture(autouse=True)
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise Reached
+
+    for owner, name in WORK:
+        monkeypatch.setattr(owner, name, reached)
+    monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
+    monkeypatch.setattr("equipoise._images._fetch", no_hub)
+
+
+def no_hub(*_: object) -> None:
+    raise eq.DataNotFoundError("no hub here")
+
+
+def check(arguments: list[str], folder: Path) -> None:
+    """No traceback, one line of complaint, nothing overwritten, nothing half done."""
+    before = state(folder)
+    status, err = complaint(arguments, folder)
+    after = state(folder)
+    assert status in (0, 1, 2)
+    changed = {name for name in before if after.get(name) != before[name]}
+    if status == 2:
+        assert err.splitlines()[-1].startswith("error: "), err
+        assert err.count("\n") == 1 + err.count("warning: ")
+        assert after == before
+    assert "--force" in arguments or not changed
+    assert not [name for name in after if name.endswith((".tmp", ".probe"))]
+    for name in after.keys() - before.keys():  # what was made must not change the next line
+        made = folder / name
+        if made.parent == folder:
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
+    for name in changed:
+        (folder / name).unlink(missing_ok=True)
+
+
+def tried(command: str, seeds: range, folder: Path) -> None:
+    for seed in seeds:
+        arguments = [command, *lines(Random(f"{command} {seed}"), command)]
+        try:
+            check(arguments, folder)
+        except Exception as error:
+            raise AssertionError(f"equipoise {shlex.join(arguments)}") from error
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_junk_is_refused_in_one_line(command: str, folder: Path) -> None:
+    tried(command, range(12), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", QUICK)
+def test_much_junk_is_refused_in_one_line(command: str, folder: Path) -> None:
+    tried(command, range(12, 300), folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["certify", "pipe"],
+        ["certify", "/dev/zero"],
+        ["quantize", "float.safetensors", "--scheme", "structured", "--bits", "2", "--out", "/dev/full"],
+        ["quantize", "float.safetensors", "--scheme", "structured", "--bits", "2", "--out", "pipe", "--force"],
+        ["plan", "float.safetensors", "--data", "digits", "--bits", "2", "--report", "/dev/null", "--force"],
+        ["reproduce", "li2026", "--checkpoint", "pipe", "--out", "out"],
+        ["export", "small.safetensors", "--target", "c", "--out", "float.safetensors", "--force"],
+        ["import", "/dev/urandom", "--format", "nemon", "--out", "out"],
+        ["certify", "float.safetensors", "--reference", "pipe"],
+        ["sweep", "--out", "float.safetensors"],
+    ],
+    ids=shlex.join,
+)
+def test_devices_are_no_files(line: list[str], folder: Path) -> None:
+    before = state(folder)
+    status, err = complaint(line, folder)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert state(folder) == before
+
+
+# Constructors
+
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    1e-200,
+    1e-320,
+    1e39,
+    1e300,
+    0.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    None,
+    "no",
+    "1",
+    [],
+    {},
+    (1,),
+)
+"""For any option of a constructor."""
+
+MADE: dict[str, Callable[..., object]] = {
+    "ReLU": eq.ReLU, "LeakyReLU": eq.LeakyReLU, "Hardtanh": eq.Hardtanh, "Softplus": eq.Softplus, "ELU": eq.ELU,
+    "Structured": lambda **o: eq.Structured(**{"bits": 4, **o}), "Assembled": lambda **o: eq.Assembled(**{"bits": 4,
+    **o}),
+    "Compensated": lambda **o: eq.Compensated(**{"bits": 4, **o}), "Cayley": lambda **o: eq.Cayley(**{"bits": 4,
+    **o}),
+    "PeacemanRachford": eq.PeacemanRachford, "ForwardBackward": eq.ForwardBackward, "Anderson": eq.Anderson,
+    "Broyden": eq.Broyden, "Tseng": eq.Tseng, "Picard": eq.Picard,
+    "Rounded": lambda **o: eq.Rounded(**{"on": eq.ForwardBackward(), "grid": 0.1, **o}),
+    "MarginPenalty": eq.MarginPenalty, "RobustLoss": eq.RobustLoss,
+    "TrainingConfig": lambda **o: TrainingConfig(**{"epochs": 1, **o}),
+    "Preprocessing": lambda **o: Preprocessing(**{"mean": 0.0, "std": 1.0, "scale": 1.0, "input_shape": (4,), **o}),
+    "MonDEQ": lambda **o: eq.MonDEQ(**{"in_features": 3, "features": 4, **o}),
+    "NEMON": lambda **o: eq.NEMON(**{"in_features": 3, "features": 4, **o}),
+    "NEMONConv2d": lambda **o: eq.NEMONConv2d(**{"in_channels": 1, "channels": 2, **o}),
+    "MonConv2d": lambda **o: eq.MonConv2d(**{"in_channels": 1, "channels": 2, "image_size": 4, **o}),
+    "MultiTierMonDEQ": lambda **o: eq.MultiTierMonDEQ(**{"in_channels": 1, "channels": (1, 2), "image_size": 4, **o}),
+    "LipschitzMDEQ": lambda **o: eq.LipschitzMDEQ(
+        **{"in_channels": 1, "size": 4, "classes": 2, "channels": (2, 2), "groups": 1, "post_groups": 1,
+        "expansion": 1, "head_channels": 2, **o}),
+    "MDEQ": lambda **o: eq.MDEQ(
+        **{"in_channels": 1, "size": 4, "classes": 2, "channels": (2, 2), "groups": 1, "post_groups": 1,
+        "expansion": 1, "head_channels": 2, **o}),
+}  # fmt: skip
+
+
+def parameters(made: str) -> list[str]:
+    kind: Any = getattr(eq, made, None) or {"TrainingConfig": TrainingConfig, "Preprocessing": Preprocessing}[made]
+    return [n for n, p in inspect.signature(kind).parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+SIZES = {"in_features", "features", "in_channels", "channels", "image_size", "size", "classes", "rank",
+    "kernel_size", "expansion",
+         "head_channels", "border"}  # fmt: skip
+"""Where a huge number is an honest wish for much memory."""
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_hostile_options_are_refused_or_hold(made: str) -> None:
+    for name in parameters(made):
+        for value in NUMBERS:
+            if name in SIZES and isinstance(value, int) and value > 1000:
+                continue
+            try:
+                thing = MADE[made](**{name: value})
+            except eq.EquipoiseError as error:
+                if not str(error):
+                    raise AssertionError(f"{made}({name}={value!r}) is refused without a word") from error
+                continue
+            except Exception as error:
+                raise AssertionError(f"{made}({name}={value!r}): {error!r}") from error
+            if made in ("MonDEQ", "NEMON") or (made, name) == ("LipschitzMDEQ", "norm_cap"):
+                assert isinstance(thing, nn.Module)
+                with contextlib.suppress(eq.EquipoiseError):
+                    eq.certify(thing)

@@ -31,7 +31,8 @@ import fuzz
 from hostile import NAMES
 from hostile.junk import checksum
 from hostile.models import MODELS
-from hostile.readers import READERS, SOURCE, Bomb, bomb_png, exported, model_file, parts
+from hostile.networks import Bomb, model_file, parts
+from hostile.readers import READERS, SOURCE, bomb_png, exported
 
 COUNTS = {"model": 40, "training": 4, "images": 5, "sweep": 15, "checkpoint": 20}
 """Examples of a run, of readers that take long."""
@@ -179,7 +180,10 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(path: Path, little_memory
 
 def test_no_memory_is_one_line(path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(model_file("classifier"))
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")):
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+    ):
 
         def failing(*_: object, error: Exception = error) -> None:
             raise error

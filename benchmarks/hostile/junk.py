@@ -14,10 +14,14 @@ from torch import Tensor
 __all__ = ["bent_bytes", "bent_json", "bent_tensor", "bent_text", "checksum", "junk"]
 
 SCALARS: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 5, 8, 16, 17, 33, 64, 1000, 8192, 2**16, 2**31, 2**32, 2**40, 2**62, 2**63, -(2**63),
-    0.0, -0.0, 0.5, 1.0, 1.5, -1.0, 1e-320, 1e-200, 1e-30, 1e39, 1e300, "", "0", "inf", "-inf", "nan", "1", "\0", "\ud800", "é\n", "x" * 300,
-    "mondeq", "nemon", "sequential", "linear", "relu", "unflatten", "flatten", "avg_pool2d", "dense", "assembled", "structured", "cayley",
-    "ReLU", "Hardtanh", "LeakyReLU", "Softplus", "Anderson", "Rounded", "Tseng", "ForwardBackward", "residual", "bound", "float64", "float16", "bfloat16", "tensor", "row", "max", "mse", "../x",
+    None, True, False, 0, 1, -1, 2, 3, 5, 8, 16, 17, 33, 64, 1000, 8192, 2**16, 2**31, 2**32, 2**40, 2**62, 2**63,
+    -(2**63),
+    0.0, -0.0, 0.5, 1.0, 1.5, -1.0, 1e-320, 1e-200, 1e-30, 1e39, 1e300, "", "0", "inf", "-inf", "nan", "1", "\0",
+    "\ud800", "é\n", "x" * 300,
+    "mondeq", "nemon", "sequential", "linear", "relu", "unflatten", "flatten", "avg_pool2d", "dense", "assembled",
+    "structured", "cayley",
+    "ReLU", "Hardtanh", "LeakyReLU", "Softplus", "Anderson", "Rounded", "Tseng", "ForwardBackward", "residual",
+    "bound", "float64", "float16", "bfloat16", "tensor", "row", "max", "mse", "../x",
 )  # fmt: skip
 TOKENS = (
     "NaN",
@@ -97,7 +101,8 @@ def bent_text(value: Any, rng: Random) -> str:
     return text
 
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64,
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32,
+    torch.int64,
           torch.bool, torch.complex64, torch.float8_e4m3fn)  # fmt: skip
 NUMBERS = (0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 255.0, 1e-45, 1e-38, 1e-12, 1e4, 1e19, 1e38, 3.4e38, 1e300, 5e-324,
            float("nan"), float("inf"), float("-inf"))  # fmt: skip

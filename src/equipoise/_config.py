@@ -73,6 +73,9 @@ class TrainingConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise OptionError(f"{name}={value!r}: give a positive integer")
+        for name in ("learning_rate", "weight_decay"):
+            if type(getattr(self, name)) not in (int, float):
+                raise OptionError(f"{name}={getattr(self, name)!r}: give a number")
         if not 0 < self.learning_rate < math.inf:
             raise OptionError(f"learning_rate={self.learning_rate!r}: give a positive number, such as 3e-3")
         if not 0 <= self.weight_decay < math.inf:

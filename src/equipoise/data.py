@@ -43,7 +43,11 @@ class Preprocessing:
     input_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.input_shape or any(type(n) is not int or n < 1 for n in self.input_shape):
+        if (
+            not isinstance(self.input_shape, tuple)
+            or not self.input_shape
+            or any(type(n) is not int or n < 1 for n in self.input_shape)
+        ):
             raise OptionError(f"input_shape={self.input_shape!r}: give positive integers, such as (28, 28)")
         for name in ("mean", "std", "scale"):
             value = getattr(self, name)

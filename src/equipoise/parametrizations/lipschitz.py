@@ -54,7 +54,8 @@ class CappedKernel(nn.Module):
             self.advance()
             sigma = self.estimate()
         if isinstance(sigma, Tensor):
-            scale = torch.where(sigma > self.cap, self.cap / sigma.clamp_min(self.cap), 1.0)  # no quotient by 0
+            cap = min(self.cap, torch.finfo(sigma.dtype).max)  # a larger one cannot be told from it
+            scale = torch.where(sigma > cap, cap / sigma.clamp_min(cap), 1.0)  # no quotient by 0
             return self.weight * scale
         return self.weight * min(1.0, self.cap / sigma) if sigma > 0 else self.weight
 

@@ -24,6 +24,9 @@ from .rounded import Rounded
 
 __all__ = ["Accelerated", "push"]
 
+DEEPEST = 1000
+"""Steps worth remembering, each at the cost of two iterates of memory: a file may ask for any number."""
+
 
 @dataclass(frozen=True)
 class Accelerated(Solver):
@@ -38,8 +41,10 @@ class Accelerated(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
-            raise OptionError(f"{type(self).__name__} memory is {self.memory!r}; it is a positive integer")
+        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or not 1 <= self.memory <= DEEPEST:
+            raise OptionError(
+                f"{type(self).__name__} memory is {self.memory!r}; it is a positive integer, at most {DEEPEST}"
+            )
         if not isinstance(self.safeguard, bool):
             raise OptionError(f"{type(self).__name__} safeguard is {self.safeguard!r}; it is True or False")
         if self.on is not None and (not isinstance(self.on, Solver) or isinstance(self.on, (Accelerated, Rounded))):
