@@ -22,7 +22,7 @@ from equipoise.bench import (
     train,
 )
 from equipoise.bench.contenders import OURS, RACING, REFERENCE
-from equipoise.bench.rows import Row, at_least_times, at_most_times, not_measured
+from equipoise.bench.rows import LESS, Row, at_least_times, at_most_times, not_measured
 from equipoise.cli import main
 from equipoise.errors import FileFormatError, OptionError
 from equipoise.runtime import compiler
@@ -157,7 +157,7 @@ def test_a_row_a_ratio(result: dict[str, Any]) -> None:
         for row in rows:
             assert row["why"] is not None or row["ratio"] is not None or row["target"] == "none", row
             assert row["what"] in text
-    assert f"{result['machine']['threads']} threads" in text
+    assert f"PyTorch on {result['machine']['threads']}" in text
     whole = result["rows"]["train"][-1]
     assert (whole["ratio"], whole["met"]) == (1.0, True)
     assert all(row["met"] is None for row in result["rows"]["solve"] if "batch 12" in row["what"]), (
@@ -177,6 +177,10 @@ def test_what_was_not_reached_or_failed_is_said(result: dict[str, Any]) -> None:
     text = drawn(*run.tables(other))
     for word in ("not reached (3.2e-03)", "not reached (diverged)", "out of memory?"):
         assert word in text, word
+    other["parts"]["certify"]["sizes"].append(
+        {"features": 4096, "certify": {"seconds": 30.0, "computed_seconds": None, "peak_megabytes": 2100.0}}
+    )
+    assert [row.met for row in scale.rows(other["parts"]["certify"])][1:3] == [True, False]
     rows = solve.rows(other["parts"]["solve"]) + scale.rows(other["parts"]["certify"])
     assert {row.why for row in rows} == {None, "no peers: pip install", "ended by signal 9: out of memory?"}
 
@@ -204,6 +208,7 @@ def test_rows_know_their_targets() -> None:
     assert Row.of("a", "1 s", "2 s", 1.9, at_least_times(2)).met is False
     assert Row.of("a", "1 s", "2 s", 2.1, at_most_times(2)).met is False
     assert Row.of("a", "1 s", "2 s", 2.0).met is None
+    assert (Row.of("a", "1 s", "2 s", 2.0, LESS).target, Row.of("a", "1 s", "2 s", 2.0, LESS).met) == (LESS.text, None)
     timed = Row.timed("a", 2e-3, 4e-6, "b")
     assert (timed.ours, timed.peer, timed.ratio) == ("2.00 ms", "4.00 µs b", 2e-3)
     assert not_measured("a", "two\nlines").why == "two lines"
@@ -238,6 +243,7 @@ def test_the_command_prints_the_table_and_writes_the_page(
     page.write_text("no place")
     assert main(["bench", "--markdown", str(page)]) == 2
     assert "no place" not in capsys.readouterr().out
+    assert main(["bench", "--markdown", str(tmp_path / "absent" / "speed.md")]) == 2
     assert len(asked) == 2, "known before the work"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .._atomic import replacing
+from .._atomic import check_output, replacing
 from ..errors import FileFormatError
 from .rows import DASH, ratio_text
 
@@ -44,7 +44,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _conditions(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
-        f"{machine['date']}: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; float32"
+        f"{machine['date']}: {machine['processor']}, {machine['cores']} cores, PyTorch on {machine['threads']}; float32"
         f" on the CPU unless said otherwise. equipoise {result['equipoise']}, torch {machine['torch']}, Python"
         f" {machine['python']}, {machine['system']}. Inputs: {result['data']}."
     ]
@@ -68,8 +68,9 @@ def check_page(path: Path) -> str:
 
     Raises:
         FileFormatError: a file without a place for them.
+        OutputError: no file can be written there.
     """
-    if not path.exists():
+    if not check_output(path, force=True).exists():
         return f"{BEGIN}\n{END}\n"
     try:
         page = path.read_text(encoding="utf-8")
