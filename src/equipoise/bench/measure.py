@@ -110,7 +110,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mkl": torch.backends.mkl.is_available(),
