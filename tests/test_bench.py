@@ -177,6 +177,10 @@ def test_what_was_not_reached_or_failed_is_said(result: dict[str, Any]) -> None:
     text = drawn(*run.tables(other))
     for word in ("not reached (3.2e-03)", "not reached (diverged)", "out of memory?"):
         assert word in text, word
+    other["parts"]["certify"]["sizes"].append(
+        {"features": 4096, "certify": {"seconds": 30.0, "computed_seconds": None, "peak_megabytes": 2100.0}}
+    )
+    assert [row.met for row in scale.rows(other["parts"]["certify"])][1:3] == [True, False]
     rows = solve.rows(other["parts"]["solve"]) + scale.rows(other["parts"]["certify"])
     assert {row.why for row in rows} == {None, "no peers: pip install", "ended by signal 9: out of memory?"}
 
@@ -238,6 +242,7 @@ def test_the_command_prints_the_table_and_writes_the_page(
     page.write_text("no place")
     assert main(["bench", "--markdown", str(page)]) == 2
     assert "no place" not in capsys.readouterr().out
+    assert main(["bench", "--markdown", str(tmp_path / "absent" / "speed.md")]) == 2
     assert len(asked) == 2, "known before the work"
 
 

@@ -25,7 +25,7 @@ __all__ = ["Progress", "Tracker", "bar", "interleave", "machine", "median", "rel
 Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, what comes next) as the work goes on."""
 
-ENOUGH = 6.0
+ENOUGH = 4.0
 """Seconds after which a task is left out of further rounds, once it has had three."""
 
 SHORT = 0.1

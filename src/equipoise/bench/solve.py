@@ -30,7 +30,7 @@ class Sizes:
     """How large everything is; ``batches``: (samples in a solve, different solves in a measurement)."""
 
     batches: tuple[tuple[int, int], ...] = ((1, 16), (256, 4), (LARGE, 1))
-    rounds: int = 9
+    rounds: int = 7
     sgemm: int = 2048
     warm_up_steps: int = 400
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .._atomic import replacing
+from .._atomic import check_output, replacing
 from ..errors import FileFormatError
 from .rows import DASH, ratio_text
 
@@ -68,8 +68,9 @@ def check_page(path: Path) -> str:
 
     Raises:
         FileFormatError: a file without a place for them.
+        OutputError: no file can be written there.
     """
-    if not path.exists():
+    if not check_output(path, force=True).exists():
         return f"{BEGIN}\n{END}\n"
     try:
         page = path.read_text(encoding="utf-8")
