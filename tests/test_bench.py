@@ -22,7 +22,7 @@ from equipoise.bench import (
     train,
 )
 from equipoise.bench.contenders import OURS, RACING, REFERENCE
-from equipoise.bench.rows import Row, at_least_times, at_most_times, not_measured
+from equipoise.bench.rows import LESS, Row, at_least_times, at_most_times, not_measured
 from equipoise.cli import main
 from equipoise.errors import FileFormatError, OptionError
 from equipoise.runtime import compiler
@@ -157,7 +157,7 @@ def test_a_row_a_ratio(result: dict[str, Any]) -> None:
         for row in rows:
             assert row["why"] is not None or row["ratio"] is not None or row["target"] == "none", row
             assert row["what"] in text
-    assert f"{result['machine']['threads']} threads" in text
+    assert f"PyTorch on {result['machine']['threads']}" in text
     whole = result["rows"]["train"][-1]
     assert (whole["ratio"], whole["met"]) == (1.0, True)
     assert all(row["met"] is None for row in result["rows"]["solve"] if "batch 12" in row["what"]), (
@@ -208,6 +208,7 @@ def test_rows_know_their_targets() -> None:
     assert Row.of("a", "1 s", "2 s", 1.9, at_least_times(2)).met is False
     assert Row.of("a", "1 s", "2 s", 2.1, at_most_times(2)).met is False
     assert Row.of("a", "1 s", "2 s", 2.0).met is None
+    assert (Row.of("a", "1 s", "2 s", 2.0, LESS).target, Row.of("a", "1 s", "2 s", 2.0, LESS).met) == (LESS.text, None)
     timed = Row.timed("a", 2e-3, 4e-6, "b")
     assert (timed.ours, timed.peer, timed.ratio) == ("2.00 ms", "4.00 µs b", 2e-3)
     assert not_measured("a", "two\nlines").why == "two lines"

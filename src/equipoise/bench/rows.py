@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "DASH",
+    "LESS",
+    "MORE",
     "Row",
     "Target",
     "at_least_times",
@@ -24,10 +26,13 @@ DASH = "–"
 
 
 class Target(NamedTuple):
-    """What a ratio should be: how it reads, and whether one is that."""
+    """What a ratio should be: how it reads, and whether one is that, where that is asked."""
 
     text: str
-    met: Callable[[float], bool]
+    met: Callable[[float], bool] | None
+
+
+LESS, MORE = Target("less is better", None), Target("more is better", None)
 
 
 def at_least_times(value: float) -> Target:
@@ -53,8 +58,8 @@ class Row:
     @classmethod
     def of(cls, what: str, ours: str, peer: str, ratio: float | None, target: Target | None = None) -> Row:
         """A row that knows whether it meets its target."""
-        if target is None:
-            return cls(what, ours, peer, ratio)
+        if target is None or target.met is None:
+            return cls(what, ours, peer, ratio, target.text if target else "")
         return cls(what, ours, peer, ratio, target.text, target.met(math.nan if ratio is None else ratio))
 
     @classmethod
@@ -63,7 +68,7 @@ class Row:
     ) -> Row:
         """Seconds of ours and of the named peer; ``ratio`` is by default how many of ours fit into the peer's."""
         found = peer / ours if ratio is None else ratio
-        return cls.of(what, time_text(ours), f"{time_text(peer)} {name}", found, target)
+        return cls.of(what, time_text(ours), f"{time_text(peer)} {name}", found, target or MORE)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,7 +26,7 @@ from ..layers import NEMON, MonDEQ
 from ..robust import PixelBall
 from .measure import Tracker, interleave, median
 from .network import CLASSES, FEATURES, Setting
-from .rows import DASH, Row, at_most_times, not_measured, time_text
+from .rows import DASH, LESS, Row, at_most_times, not_measured, time_text
 
 __all__ = ["FULL", "JOBS", "QUICK", "figures", "measure", "rows", "scaling", "tables"]
 
@@ -167,7 +167,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
         seconds, computed = certify["seconds"], certify["computed_seconds"]
         if computed is not None:
             peer = "m and L alone by LAPACK, not proved"
-            listed.append(Row.timed(what, seconds, computed, peer, seconds / computed))
+            listed.append(Row.timed(what, seconds, computed, peer, seconds / computed, LESS))
         else:
             listed.append(Row.timed(what, seconds, LIMIT, "limit", seconds / LIMIT, at_most_times(1)))
             if (peak := certify["peak_megabytes"]) is not None:

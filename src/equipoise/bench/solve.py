@@ -13,7 +13,7 @@ from .measure import Tracker
 from .network import Network, Setting, trained_network
 from .peers import FAMILY, peers
 from .race import GOAL, race, work_for
-from .rows import DASH, Row, Target, at_least_times, not_measured, number, ratio_text, time_text
+from .rows import DASH, MORE, Row, Target, at_least_times, not_measured, number, ratio_text, time_text
 from .sgemm import share_of_sgemm
 
 __all__ = ["FULL", "QUICK", "Sizes", "measure", "rows", "tables"]
@@ -105,7 +105,9 @@ def _ratios(network: dict[str, Any], notes: list[str]) -> list[Row]:
         what = f"rate of its products, {network['name']}, batch {share['batch']:,}"
         rates = (f"{number(share[f'{key}_gflops'])} GFLOP/s" for key in ("solve", "sgemm"))
         wanted = Target(f"≥ {SHARE:g}×", lambda ratio: ratio >= SHARE) if share["batch"] == LARGE else None
-        listed.append(Row.of(what, next(rates), f"{next(rates)} sgemm {share['size']:,}³", share["share"], wanted))
+        listed.append(
+            Row.of(what, next(rates), f"{next(rates)} sgemm {share['size']:,}³", share["share"], wanted or MORE)
+        )
     return listed
 
 

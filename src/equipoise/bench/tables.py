@@ -44,7 +44,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _conditions(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
-        f"{machine['date']}: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; float32"
+        f"{machine['date']}: {machine['processor']}, {machine['cores']} cores, PyTorch on {machine['threads']}; float32"
         f" on the CPU unless said otherwise. equipoise {result['equipoise']}, torch {machine['torch']}, Python"
         f" {machine['python']}, {machine['system']}. Inputs: {result['data']}."
     ]

@@ -22,7 +22,7 @@ from ..quantization.schemes import Assembled, Cayley, Compensated, Scheme, Struc
 from ..solvers import PeacemanRachford
 from .measure import Tracker, interleave, median, spread
 from .network import BATCH, CLASSES, FEATURES, Setting, stepper, trained_network, warm_up
-from .rows import Row, Target, at_most_times, bytes_text, not_measured
+from .rows import LESS, Row, Target, at_most_times, bytes_text, not_measured
 from .step import ACCURACY, Batch, GradientError, coarsest, gradient_error, whole_batches
 
 try:
@@ -190,7 +190,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
     what = "the monDEQ's step in training.fit"
     if "fit" in networks:
         listed.append(
-            Row.timed(what, networks["fit"]["seconds"], floats, "in a plain loop", networks["fit"]["to_float"])
+            Row.timed(what, networks["fit"]["seconds"], floats, "in a plain loop", networks["fit"]["to_float"], LESS)
         )
     else:
         listed.append(not_measured(what, found["notes"][0]))
