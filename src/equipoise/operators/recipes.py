@@ -142,17 +142,17 @@ def quantize_tiers(weights: MonotoneKernels, scheme: Scheme, geometry: Geometry,
         InputError: weights that are not finite.
         NotWellPosedError: Compensated, where the diagonal's grid is too coarse for the target.
     """
+    if geometry.tiers > 1 and not isinstance(scheme, Structured):
+        raise UnfitSchemeError(
+            f"{type(scheme).__name__} does not fit a MultiTierMonDEQ: between its tiers W is no plain convolution; "
+            "it takes Structured"
+        )
     kind: Any = _recipe(scheme).tiers
     if kind is None:
         why = "its Cayley transform has no small kernel" if isinstance(scheme, Cayley) else "nobody made it for kernels"
         raise UnfitSchemeError(
             f"{type(scheme).__name__} does not fit a convolutional monDEQ: {why}; it is quantized by one of "
             f"{_those_with('tiers')}"
-        )
-    if geometry.tiers > 1 and not isinstance(scheme, Structured):
-        raise UnfitSchemeError(
-            f"{type(scheme).__name__} does not fit a MultiTierMonDEQ: between its tiers W is no plain convolution; "
-            "it takes Structured"
         )
     for name, parts in (("input_bits", "codes of U"), ("bias_bits", "codes of b")):
         if getattr(scheme, name) is not None:
