@@ -65,7 +65,7 @@ QUICK = {
 WORK = (
     (Job, "run"),
     (importlib.import_module("equipoise.demo"), "_run"),
-    (importlib.import_module("equipoise.bench.solve"), "run"),
+    (importlib.import_module("equipoise.bench.run"), "run"),
     (importlib.import_module("equipoise.reproduce.run"), "_run"),
 )
 """Not done here: it takes long, and it is what other tests are about."""

@@ -78,6 +78,13 @@ def started(command: str, folder: Path, limit: int | None = None) -> subprocess.
     return subprocess.Popen(line, cwd=folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=prepare)
 
 
+@pytest.fixture
+def data(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reproduction works on, where this machine has it."""
+    if request.getfixturevalue("command") == "reproduce":
+        monkeypatch.setenv("EQUIPOISE_DATA", str(request.getfixturevalue("mnist_dir")))
+
+
 # In this process, at every moment of a write
 
 
@@ -244,7 +251,7 @@ def test_a_disk_that_fills_up_is_one_line(command: str, sources: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [300, 3000, 10_000])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_disk_that_fills_up_anywhere(command: str, limit: int, sources: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_anywhere(command: str, limit: int, data: None, sources: Path, tmp_path: Path) -> None:
     folder = tmp_path / "full"
     shutil.copytree(sources, folder)
     process = started(command, folder, limit)
@@ -287,7 +294,7 @@ def until(process: subprocess.Popen[str], seconds: float, number: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed_again_and_again_a_command_ends_as_if_it_had_not_been(
-    command: str, sources: Path, tmp_path: Path
+    command: str, data: None, sources: Path, tmp_path: Path
 ) -> None:
     unbroken, broken, rng = tmp_path / "unbroken", tmp_path / "broken", Random(command)
     shutil.copytree(sources, unbroken)
