@@ -208,7 +208,9 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
 
 
 def power_norm(matrix: Tensor, steps: int = 40) -> float:
-    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap."""
+    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap; inf of an overflow."""
+    if not bool(torch.isfinite(matrix).all()):  # a step of 1/m with m next to nothing
+        return math.inf
     if matrix.shape[0] <= 512:
         return float(torch.linalg.matrix_norm(matrix, 2))
     generator = torch.Generator().manual_seed(0)
