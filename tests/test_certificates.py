@@ -362,6 +362,18 @@ def test_what_has_no_proved_rate() -> None:
     assert (c.rate, c.certified, c.closed_rates["peaceman_rachford"]) == (None, False, None)
 
 
+@pytest.mark.parametrize("solver", SPLITTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("entry", [1.0, 1.0 - 2.0**-24, 1.0 + 2.0**-23])
+def test_a_step_that_overflows_is_no_failure(solver: type[eq.Solver], dtype: torch.dtype, entry: float) -> None:
+    """F = I − W is next to nothing, or nothing: a step of 1/‖F‖ overflows."""
+    W, one = torch.tensor([[entry]], dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    layer = eq.MonDEQ.from_weights(W, one, one[0], check=False, solver=solver())  # type: ignore[call-arg]
+    found = eq.certify(layer)
+    assert found.certified == (float(W) < 1)
+    assert found.certified or found.rate is None
+
+
 def test_closed_rates_bound_the_formulas_in_many_digits() -> None:
     for kappa in (1.0, 1 + 2.0**-52, 1 + 1e-9, 1.5, 3.0, 1e3, 1e6, 1e9, 1e200):
         for margin in (1.0, 0.3, 1e-7):

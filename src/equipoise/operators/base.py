@@ -245,8 +245,8 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
 
 
 def power_norm(matrix: Tensor, steps: int = 40) -> float:
-    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap. ∞ of an overflow."""
-    if not bool(torch.isfinite(matrix).all()):
+    """An estimate of ‖matrix‖₂ (from below) by power iteration; exact SVD where that is cheap; inf of an overflow."""
+    if not bool(torch.isfinite(matrix).all()):  # a step of 1/m with m next to nothing
         return math.inf
     if matrix.shape[0] <= 512:
         return float(torch.linalg.matrix_norm(matrix, 2))

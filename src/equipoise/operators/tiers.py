@@ -13,7 +13,7 @@ from .. import verified
 from ..parametrizations.convolution import Kernels, transpose
 from . import spectra
 from . import symbol_bounds as bounds
-from .base import MonotoneOperator, Product, golden_section, singular
+from .base import MonotoneOperator, Product, golden_section, power_norm, singular
 from .dense import TransposedOperator
 from .grids import Geometry, TierProduct, blocked, circular
 from .torus import Symbols, conjugate, mix, parts_of, times, torus
@@ -287,7 +287,7 @@ class TierOperator(MonotoneOperator):
     def cayley_norm(self, alpha: float) -> float:
         def compute() -> float:
             if self.features <= SMALL:
-                return _size(self.cayley(alpha))
+                return power_norm(self.cayley(alpha))
             return self._power(self.cayley_product(alpha), self.transposed_cayley_product(alpha))
 
         return self.once(("cayley_norm", alpha), compute)
@@ -366,7 +366,7 @@ class TierOperator(MonotoneOperator):
             forward, back = self._kept_product(False), self._kept_product(True)
             if self.features <= SMALL:
                 eye = torch.eye(self.features, dtype=self._like.dtype, device=self._like.device)
-                return _size((1 - alpha) * eye + alpha * forward(eye))
+                return power_norm((1 - alpha) * eye + alpha * forward(eye))
             steps = (lambda x, W=W: W(x).mul_(alpha).add_(x, alpha=1 - alpha) for W in (forward, back))
             return self._power(*steps)
 
@@ -374,8 +374,3 @@ class TierOperator(MonotoneOperator):
 
     def transposed(self) -> TransposedOperator:
         return TransposedOperator(self)
-
-
-def _size(matrix: Tensor) -> float:
-    """Its 2-norm as computed; inf where it overflowed."""
-    return float(torch.linalg.matrix_norm(matrix, 2)) if bool(torch.isfinite(matrix).all()) else math.inf
