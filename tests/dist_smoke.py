@@ -79,7 +79,10 @@ PROMISES: dict[str, list[str | Command]] = {
     "data": [DATA],
     "report": [REPORT],
     "bench": [BENCH],
-    "export": [["export", "small.safetensors", "--target", "onnx", "--out", "graphs"], EXPORT],
+    "export": [
+        ["export", "small.safetensors", "--target", "onnx", "--input-range", "0", "1", "--out", "graphs"],
+        EXPORT,
+    ],
     "train,cluster": [[*SWEEP, "--backend", "dask"], [*SWEEP[:-1], "sweep2", "--backend", "ray"]],
     "docs": [["mkdocs", "build", "--strict", "--quiet", "--config-file", str(PROJECT / "mkdocs.yml")]],
 }
@@ -96,7 +99,7 @@ REFUSED: dict[str, list[Command]] = {
         ["reproduce", "li2026", "--quick", "--out", "paper"],
     ],
     "data": [["certify", "small.safetensors", "--data", "mnist"]],
-    "export": [["export", "small.safetensors", "--target", "onnx", "--out", "graphs"]],
+    "export": [["export", "small.safetensors", "--target", "onnx", "--input-range", "0", "1", "--out", "graphs"]],
 }
 """What says, without the extra, which one is missing."""
 
