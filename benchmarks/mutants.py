@@ -20,6 +20,7 @@ NO_BOUNDS = {
     "perron", "_eigenvectors", "_resolvent", "best_family", "_settles", "observe", "spectrum", "start", "find",
     "best_alpha", "_block_norm", "_minimise_cayley_norm", "_power",
     # values and products
+    "empty", "lengths",
     "_exact", "metzler", "evaluated", "_scores", "apply", "transpose", "transposed", "_applied", "_product", "summed",
     "pullback", "_symbols", "_cayley_symbols", "cayley_product", "transposed_cayley_product", "_inverse", "kernel",
     "_convolve", "_padded", "_kernel64", "dequantize", "__call__", "equilibrium", "integers", "solve",
@@ -111,7 +112,7 @@ class Walker(ast.NodeTransformer):
         return node
 
 
-ROUNDINGS = {"UNIT", "TINY", "tiny", "gamma", "eps", "_UNIT", "ulps"}
+ROUNDINGS = {"UNIT", "TINY", "tiny", "gamma", "unit", "ulps"}
 """What the rounding of an operation, or underflow, is called."""
 
 

@@ -118,6 +118,18 @@ def test_it_trains_in_a_network() -> None:
     assert model[0].margin() >= 0.2 - 1e-5
 
 
+@pytest.mark.parametrize(("solver", "factor"), [(eq.Picard, 0.5), (eq.ForwardBackward, 1 - 0.5 * 1.5)])
+def test_rates_in_closed_form(solver: type[eq.Solver], factor: float) -> None:
+    """W = (1 − m) I with m = 1.5, and α = 0.5 <= 1/m: 1 − α min(m, 1) and 1 − αm."""
+    layer = eq.NEMONConv2d(1, 2, gamma=-0.5, solver=solver(alpha=0.5)).double()  # type: ignore[call-arg]
+    with torch.no_grad():
+        layer.recurrent.T.zero_()
+    found = eq.certify(layer)
+    assert found.margin == pytest.approx(1.5, rel=1e-12)
+    assert found.lipschitz == pytest.approx(1.5, rel=1e-12)
+    assert found.rate == pytest.approx(factor, rel=1e-9)
+
+
 def test_bad_input_is_refused() -> None:
     for options in ({"channels": 0}, {"kernel_size": 2}, {"gamma": 1.0}, {"stride": 0}, {"activation": "gelu"}):
         with pytest.raises(OptionError):
