@@ -322,3 +322,23 @@ def test_killed_again_and_again_a_command_ends_as_if_it_had_not_been(
 def test_the_list_is_complete() -> None:
     found: Any = typer.main.get_command(common.app)
     assert set(found.commands) - {"certify", "bench"} == set(COMMANDS)  # these write nothing
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["Ctrl-C", "behind nohup"])
+def test_an_interruption_while_the_package_loads_leaves_no_traceback(ignored: bool) -> None:
+    program = f"""
+import os, signal, sys
+if {ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "equipoise":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+import equipoise_command
+sys.argv = ["equipoise", "--version"]
+sys.exit(equipoise_command.main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert (done.returncode, "equipoise" in done.stdout) == ((0, True) if ignored else (130, False))
