@@ -246,3 +246,18 @@ def test_sizes_of_kernels_and_of_blocks() -> None:
     assert size(K) == pytest.approx(_in_rows(K.abs().sum((2, 3))), rel=1e-6)
     assert whole(torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=F64)) == pytest.approx(5.0, rel=1e-12)
     assert whole(torch.tensor([[3.0]], dtype=F64)) == 3.0
+
+
+@pytest.mark.parametrize(("f", "alpha"), [(0.5, 1.0), (2.0, 0.7), (3.0, 0.2), (0.25, 1.5)])
+def test_contraction_is_proved_as_far_as_it_holds(f: float, alpha: float) -> None:
+    """Of F = f the factor is |1 − αf|/(1 + αf), and an error is taken at its worst in every term."""
+    F, rho = torch.full((1, 1, 1), f, dtype=torch.complex128), abs(1 - alpha * f) / (1 + alpha * f)
+    assert contracts(F, alpha, rho * (1 + 1e-5) + 1e-12, 0.0)
+    assert not contracts(F, alpha, rho * (1 - 1e-5) - 1e-12, 0.0)
+    rho = rho + 0.1 * (1 - rho)
+    less, more = 1 - rho**2, (1 + rho**2) * alpha
+    left = 2 * more * f - less * (1 + (alpha * f) ** 2)  # = 2 more e + less α² (2f + e) e
+    a, b = less * alpha**2, 2 * more + 2 * less * alpha**2 * f
+    e = 2 * left / (b + math.sqrt(b * b + 4 * a * left))
+    assert contracts(F, alpha, rho, e * (1 - 1e-5))
+    assert not contracts(F, alpha, rho, e * (1 + 1e-5))
