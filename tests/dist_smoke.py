@@ -66,7 +66,7 @@ for split, count in (("train", 60000), ("test", 10000)):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
     images = [np.zeros((28, 28), np.uint8)] * count
     rows = datasets.Dataset.from_dict({"image": images, "label": [i % 10 for i in range(count)]}, features=features)
-    rows.to_parquet(f"data/mnist/{split}-0.parquet")
+    rows.to_parquet(f"data/mnist/{split}-00000-of-00001.parquet")
 assert load_data("mnist", "data").features == 784
 """
 
