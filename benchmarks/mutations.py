@@ -40,7 +40,7 @@ from trials.campaign import trial
 import equipoise
 
 BOXES = ["test_boxes.py", "test_robust.py"]
-CERTIFICATES = ["test_certificates.py", "test_certificates_chain.py", "test_certificates_verdicts.py"]
+CERTIFICATES = [f"test_certificates{part}.py" for part in ("", "_rates", "_chain", "_verdicts")]
 EXPORT = ["test_export.py", "test_export_edges.py"]
 MULTISCALE = ["test_lipschitz_mdeq.py", "test_lipschitz_mdeq_codes.py", "test_lipschitz_mdeq_edges.py"]
 NEMON = ["test_families.py", "test_nemon.py", "test_nemon_quantized.py", "test_nemon_certificates.py"]

@@ -339,8 +339,7 @@ def _matrix(name: str, X: Tensor, kind: str = "", finite: bool = True) -> Tensor
     if X.dtype not in (torch.float32, torch.float64) or X.dim() != 2 or (kind and X.shape[0] != X.shape[1]):
         raise InputError(f"{name}: {tuple(X.shape)}, {X.dtype}; a {kind} float matrix of 32 or 64 bits is needed")
     X = X.detach().cpu()
-    # one number tells of any NaN or infinity: a sum with one in it is none itself
-    bad = 0 if math.isfinite(float(X.sum())) else X.numel() - int(torch.isfinite(X).sum())
+    bad = 0 if math.isfinite(float(X.sum())) else X.numel() - int(torch.isfinite(X).sum())  # NaN, inf stay in sums
     if bad and finite:
         raise InputError(f"{name}: {bad} of {X.numel()} entries are not finite; remove NaN and inf first")
     if kind == "symmetric" and not bad and not torch.equal(X, X.T):

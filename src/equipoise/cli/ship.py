@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import DataDir, DataName, Force, Json, Model, flag, option, say, say_json, tell
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = ["register"]
 
@@ -68,21 +71,15 @@ def export(
 
     C takes codes of the schemes cayley (1 to 8 bits) and structured (1 to 16), with ReLU.
     """
-    from ..data import load_data
     from ..export import export as ship
     from ..export.write import check_folder
     from ..files import load
-    from ..plan import check_fits
     from ..report.terminal import pairs_table, rendered, waiting
 
     check_folder(out, force)
     model = load(file)
     original = None if reference is None else load(reference)
-    calibration = None
-    if data is not None:
-        loaded = load_data(data, data_dir)
-        check_fits(model, loaded)
-        calibration = loaded.train.x[:CALIBRATION]
+    calibration = None if data is None else _calibration(model, data, data_dir)
     with waiting("proving and writing"):
         certificate = ship(
             model,
@@ -106,3 +103,13 @@ def export(
         if target is TargetName.c:
             say(f"check it: cd {shlex.quote(str(out))} && cc -std=c99 -O2 eqnet.c selftest.c -o selftest && ./selftest")
     return 0
+
+
+def _calibration(model: nn.Module, data: DataName, folder: Path | None) -> Tensor:
+    """Training inputs of a data set that fits the model."""
+    from ..data import load_data
+    from ..plan import check_fits
+
+    loaded = load_data(data, folder)
+    check_fits(model, loaded)
+    return loaded.train.x[:CALIBRATION]
