@@ -38,7 +38,7 @@ def ladder_words(ladder: Ladder) -> Text:
 def ladder_table(ladder: Ladder) -> Table:
     """One row per rung, in 79 columns; the chosen one is bold and has an arrow."""
     caption = (
-        "≥, ≤: proved. steps: until the error is 1e-6 of what it was. kept: inputs of the\n"
+        "≥, ≤: proved. steps: until the error is 1e-6 of what it was. kept: inputs of the "
         "same class as float. moved: mean ‖z* − z̃*‖. right: accuracy. Packed bytes."
     )
     if any(rung.mixed for rung in ladder.rungs):
