@@ -53,6 +53,9 @@ LIPSCHITZ_ONE = (
 )
 """Modules without weights that are 1-Lipschitz in the 2-norm when evaluated."""
 
+CALLING = ("__call__", "__getattribute__", "__getattr__")
+"""What of a class comes before its ``forward``, or gives it other attributes than those that proofs read."""
+
 
 def chain(model: nn.Module, prepared: bool = False, images: bool = False) -> list[tuple[str, nn.Module]]:
     """The modules of ``model`` in order, with their names; nested ``nn.Sequential`` are opened.
@@ -117,6 +120,7 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
     inside = () if isinstance(module, nn.Sequential) else module.modules()
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inside))
     own = sorted(_overridden(type(module), kind)) if kind in (*EQUILIBRIUM, *CONVOLUTIONAL) else []
+    own += [name for name in CALLING if getattr(type(module), name) is not getattr(kind, name)]
     if hooked or own or type(module).forward is not kind.forward or "forward" in vars(module):
         what = "has forward hooks" if hooked else f"has a {own[0] if own else 'forward'} of its own"
         where = f" at position {name!r}" if name else ""
@@ -201,5 +205,6 @@ def multiscale_of(model: nn.Module) -> tuple[list[nn.Module], MultiscaleDEQ] | N
             f"{type(found[0]).__name__} may compute something else than a LipschitzMDEQ; give a plain one"
         )
     for module in modules:
-        _check_plain(module, type(module), "")
+        kind = next(kind for kind in (nn.Unflatten, nn.Identity, type(found[0])) if isinstance(module, kind))
+        _check_plain(module, kind, "")
     return modules[:-1], found[0]
