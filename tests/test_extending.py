@@ -425,3 +425,43 @@ def test_weights_that_change_as_they_are_read_are_refused() -> None:
     with pytest.raises(StructureError, match=r"model\.eval\(\)"):
         eq.certify(model, reference=model, inputs=X)
     assert eq.certify(model.eval(), reference=model, inputs=X).agreement == 1.0
+
+
+class Turned(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+class Amplified(nn.Conv2d):
+    def _conv_forward(self, *arguments: Any) -> Tensor:
+        return 9 * super()._conv_forward(*arguments)
+
+
+def by_injection() -> nn.Module:
+    model = network()
+    model[0].injection = Turned(6, 5)
+    return model
+
+
+def by_head() -> nn.Module:
+    model = eq.LipschitzMDEQ(2, 8, 3, channels=(8, 8))
+    model.head["linear"] = Turned(model.linear.in_features, 3)
+    return model
+
+
+def by_convolution() -> nn.Module:
+    model = eq.MonConv2d(1, 2, 4)
+    model.injection = Amplified(1, 2, 3, padding=1)
+    return model
+
+
+def by_edges() -> nn.Module:
+    model = eq.MonConv2d(1, 2, 4)
+    model.injection = nn.Conv2d(1, 2, 3, padding=1, padding_mode="replicate")
+    return model
+
+
+@pytest.mark.parametrize("make", [by_injection, by_head, by_convolution, by_edges], ids=lambda make: make.__name__)
+def test_parts_that_compute_something_else_than_their_weights_say_are_refused(make: Any) -> None:
+    with pytest.raises(StructureError, match=r"injection|head\.linear"):
+        eq.certify(make())
