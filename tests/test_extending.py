@@ -465,3 +465,13 @@ def by_edges() -> nn.Module:
 def test_parts_that_compute_something_else_than_their_weights_say_are_refused(make: Any) -> None:
     with pytest.raises(StructureError, match=r"injection|head\.linear"):
         eq.certify(make())
+
+
+def test_bounds_of_iterates_are_of_plain_layers_too() -> None:
+    class Mine(eq.MonDEQ):  # type: ignore[misc]
+        def _inject(self, x: Tensor) -> Tensor:
+            return super()._inject(x) * 1e6
+
+    for layer in (by_injection()[0], Mine(6, 5)):  # type: ignore[index]
+        with pytest.raises(StructureError, match="of its own"):
+            eq.iterate_floor(layer, X, eq.Rounded(eq.ForwardBackward(), 1e-3))

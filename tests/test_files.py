@@ -294,6 +294,8 @@ def test_dtypes_that_numpy_does_not_know_have_names_too() -> None:
     model = classifier()
     names = {fingerprint(model.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     assert len(names) == 3
+    codes = eq.quantize(layer(), eq.Structured(4, input_bits=4, bias_bits=4))
+    assert fingerprint(codes) != fingerprint(codes.double())  # the very same tensors, multiplied by as others
 
 
 def test_what_is_done_to_inputs_is_not_part_of_a_name() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["fingerprint"]
 
-PLAIN = (bool, int, float, str, tuple)
+PLAIN = (bool, int, float, str, tuple, torch.dtype)
 """Types of the attributes that count, besides frozen dataclasses: sizes and options."""
 
 BESIDE = ("training", "preprocessing")
@@ -35,7 +35,10 @@ def fingerprint(model: nn.Module) -> str:
         own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in BESIDE}
         take(name, type(module).__qualname__, module.extra_repr())
         take(sorted((key, repr(value)) for key, value in own.items() if _counts(value)))
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    # what codes are multiplied in: of a layer whose every tensor is codes nothing else tells
+    take(sorted((name, repr(buffer.dtype)) for name, buffer in model.named_buffers() if name not in state))
+    for name, tensor in state.items():
         take(name, tensor.dtype, tuple(tensor.shape))
         # as bytes, since numpy does not know every dtype that torch has
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -136,8 +136,8 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
 
 
 def _check_linear(module: nn.Module, name: str) -> None:
-    """Refuse an injection, or the last module of a network that is whole in itself, that may compute something else than
-    its weights say; a convolution that repeats the pixels of its edge enlarges what its weights bound."""
+    """Refuse an injection, or the last module of a network that is whole in itself, that may compute something else
+    than its weights say; a convolution that repeats the pixels of its edge enlarges what its weights bound."""
     kind = next((kind for kind in LINEAR if isinstance(module, kind)), None)
     if kind is None or getattr(module, "padding_mode", "zeros") not in ("zeros", "circular"):
         known = ", ".join(kind.__name__ for kind in LINEAR)
