@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import equipoise as eq
 from catalogue import SOLVERS, matrix
@@ -19,6 +20,9 @@ from equipoise.activations import ACTIVATIONS
 from equipoise.errors import FileFormatError, OptionError, StructureError
 from equipoise.norms import WeightedMax
 from equipoise.operators import RECIPES, DenseOperator, FixedPointMap, MonotoneOperator, QuantizedWeight, Recipe
+from equipoise.operators.grids import Geometry
+from equipoise.operators.quantized_tiers import AssembledTiers
+from equipoise.operators.tiers import TierOperator
 from equipoise.quantization import QuantizedTensor
 from equipoise.solvers import SOLVERS as TABLE
 from equipoise.solvers import Problem, Tuning
@@ -122,6 +126,21 @@ class BoastfulWeight(ShiftedWeight):
 
     def operator(self, like: Tensor) -> DenseOperator:
         return DenseOperator(super().assemble()[0].to(like), margin_floor=100.0)
+
+
+class BoastfulOperator(TierOperator):
+    def margin(self) -> float:
+        return 100.0
+
+    def cayley_bound(self, alpha: float) -> float:
+        return 0.01
+
+
+class BoastfulTiers(AssembledTiers):
+    """Promises a margin of 100 and a factor of 0.01."""
+
+    def operator(self, geometry: Geometry, like: Tensor) -> TierOperator:
+        return BoastfulOperator(super().operator(geometry, like).kernels, geometry)
 
 
 class Opaque(ShiftedWeight):
@@ -320,6 +339,19 @@ def test_a_margin_that_codes_merely_promise_is_not_believed(tables: None) -> Non
         assert math.isinf(float(small.solve(X[:1, :5], stop="residual").error_bound))
 
 
+def test_kernels_that_merely_promise_are_not_believed(tables: None) -> None:
+    RECIPES[Shifted] = Recipe(ShiftedWeight, tiers=BoastfulTiers)
+    torch.manual_seed(3)
+    model = eq.MonConv2d(1, 2, 4, margin=0.2)
+    small, plain = eq.quantize(model, Shifted(4)), eq.quantize(model, eq.Assembled(4))
+    x = torch.randn(2, 1, 4, 4)
+    found, known = (eq.certify(each, reference=model, inputs=x) for each in (small, plain))
+    assert found.rate == pytest.approx(known.rate, rel=1e-6)
+    assert found.margin == pytest.approx(known.margin, rel=1e-6)
+    assert eq.margin(small) == small.operator.margin() == found.margin
+    torch.testing.assert_close(found.displacement, known.displacement, rtol=1e-4, atol=1e-9)
+
+
 def test_codes_that_files_cannot_hold_are_refused_by_what_they_are_made_of(tables: None, tmp_path: Path) -> None:
     RECIPES[Shifted] = Recipe(Opaque)
     small = eq.quantize(network(), Shifted(8))
@@ -365,3 +397,81 @@ def test_a_layer_that_overrides_what_certificates_are_about_is_refused() -> None
 
     with pytest.raises(StructureError, match="Mine"):
         eq.certify(nn.Sequential(Mine(6, 5), nn.Linear(5, 3)))
+
+
+def test_what_comes_before_forward_is_no_way_around_it() -> None:
+    class Negated(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            return -super().__call__(x)
+
+    class Doubled(eq.MonDEQ):  # type: ignore[misc]
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
+    class Louder(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            return 9 * x
+
+    for model in (nn.Sequential(eq.MonDEQ(6, 5), Negated(5, 3)), Doubled(6, 5)):
+        with pytest.raises(StructureError, match="__call__ of its own"):
+            eq.certify(model)
+    with pytest.raises(StructureError, match="Louder"):
+        eq.certify(nn.Sequential(Louder(), eq.LipschitzMDEQ(2, 8, 3, channels=(8, 8))))
+
+
+def test_weights_that_change_as_they_are_read_are_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(eq.MonDEQ(6, 5), spectral_norm(nn.Linear(5, 3)))
+    with pytest.raises(StructureError, match=r"model\.eval\(\)"):
+        eq.certify(model, reference=model, inputs=X)
+    assert eq.certify(model.eval(), reference=model, inputs=X).agreement == 1.0
+
+
+class Turned(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+class Amplified(nn.Conv2d):
+    def _conv_forward(self, *arguments: Any) -> Tensor:
+        return 9 * super()._conv_forward(*arguments)
+
+
+def by_injection() -> nn.Module:
+    model = network()
+    model[0].injection = Turned(6, 5)
+    return model
+
+
+def by_head() -> nn.Module:
+    model = eq.LipschitzMDEQ(2, 8, 3, channels=(8, 8))
+    model.head["linear"] = Turned(model.linear.in_features, 3)
+    return model
+
+
+def by_convolution() -> nn.Module:
+    model = eq.MonConv2d(1, 2, 4)
+    model.injection = Amplified(1, 2, 3, padding=1)
+    return model
+
+
+def by_edges() -> nn.Module:
+    model = eq.MonConv2d(1, 2, 4)
+    model.injection = nn.Conv2d(1, 2, 3, padding=1, padding_mode="replicate")
+    return model
+
+
+@pytest.mark.parametrize("make", [by_injection, by_head, by_convolution, by_edges], ids=lambda make: make.__name__)
+def test_parts_that_compute_something_else_than_their_weights_say_are_refused(make: Any) -> None:
+    with pytest.raises(StructureError, match=r"injection|head\.linear"):
+        eq.certify(make())
+
+
+def test_bounds_of_iterates_are_of_plain_layers_too() -> None:
+    class Mine(eq.MonDEQ):  # type: ignore[misc]
+        def _inject(self, x: Tensor) -> Tensor:
+            return super()._inject(x) * 1e6
+
+    for layer in (by_injection()[0], Mine(6, 5)):  # type: ignore[index]
+        with pytest.raises(StructureError, match="of its own"):
+            eq.iterate_floor(layer, X, eq.Rounded(eq.ForwardBackward(), 1e-3))

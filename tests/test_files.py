@@ -281,6 +281,30 @@ def test_networks_have_names_of_their_own() -> None:
     assert names[0] == fingerprint(seeded(lambda: quantized(eq.Structured(4))).train())
 
 
+@pytest.mark.parametrize("option", [{"residual": 0.2}, {"slope": 0.1}, {"fusion": 0.1}, {"activation": "groupsort"}])
+def test_options_that_no_tensor_shows_are_part_of_a_name(option: dict[str, Any], path: Path) -> None:
+    one, other = (eq.LipschitzMDEQ(2, 8, 3, channels=(8, 8), **options) for options in ({}, option))
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) != fingerprint(other)
+    with pytest.raises(eq.InputError, match="another network"):
+        save(other, path, certificate=eq.certify(one))
+
+
+def test_dtypes_that_numpy_does_not_know_have_names_too() -> None:
+    model = classifier()
+    names = {fingerprint(model.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert len(names) == 3
+    codes = eq.quantize(layer(), eq.Structured(4, input_bits=4, bias_bits=4))
+    assert fingerprint(codes) != fingerprint(codes.double())  # the very same tensors, multiplied by as others
+
+
+def test_what_is_done_to_inputs_is_not_part_of_a_name() -> None:
+    model = classifier()
+    before = fingerprint(model)
+    model.preprocessing = Preprocessing(0.5, 0.5, 255.0, (D,))
+    assert fingerprint(model) == before
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_certificate_of_another_network_is_refused(other: str, path: Path) -> None:
     model, changed = seeded(lambda: quantized(eq.Structured(4))), seeded(OTHERS[other])

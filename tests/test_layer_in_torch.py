@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.operators import DenseOperator
+from equipoise.parametrizations import Monotone
 from equipoise.solvers import Problem
 from equipoise.solvers.peaceman_rachford import PeacemanRachfordMap
 from problems import equilibrium, matrix
@@ -287,6 +288,32 @@ def test_answers_follow_the_weights(change: Callable[[eq.MonDEQ], None], solver:
         strict=True,
     ):
         assert off(one, other) < 1000 * tol
+
+
+class Halved(Monotone):
+    def forward(self) -> Tensor:
+        return 0.5 * super().forward()
+
+
+def by_class(layer: eq.MonDEQ) -> None:
+    layer.recurrent.__class__ = Halved
+
+
+def by_sharing(layer: eq.MonDEQ) -> None:
+    old, layer.recurrent = layer.recurrent, Halved(6, 3, 1.0)
+    layer.recurrent.A, layer.recurrent.B, layer.recurrent.margin = old.A, old.B, old.margin
+
+
+@pytest.mark.parametrize("change", [by_class, by_sharing], ids=lambda change: change.__name__)
+def test_the_very_same_tensors_may_mean_another_matrix(change: Callable[[eq.MonDEQ], None]) -> None:
+    layer = make(3, 1.0)
+    layer.solve(X)
+    change(layer)
+    fresh = copy.deepcopy(layer)
+    assert torch.equal(layer.solve(X).value, fresh.solve(X).value)
+    with torch.no_grad():
+        assert torch.equal(layer.operator.weight, layer.recurrent())
+        assert layer.operator.margin() == fresh.operator.margin()
 
 
 def test_input_weights_are_not_cached_either() -> None:

@@ -335,3 +335,12 @@ def test_steps_move_by_what_they_are_said_to() -> None:
     x = torch.tensor([-1.0, 1.0]).double()[None, :, None, None]
     known = 2 * 3 / math.sqrt(1 + EPS)
     assert float(Standardize(1, gamma, ones).gain(x)) == pytest.approx(known, rel=1e-6)
+
+
+def test_a_cap_that_was_changed_is_what_is_proved() -> None:
+    model = small().eval()
+    before = model.contraction()
+    for part in model.modules():
+        if isinstance(getattr(part, "cap", None), float):
+            part.cap = 9.0
+    assert before < model.contraction() == copy.deepcopy(model).contraction()

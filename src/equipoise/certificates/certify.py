@@ -82,9 +82,16 @@ class Certifier:
 def _stamped(
     model: nn.Module, reference: nn.Module | None, inputs: Tensor | None, tol: float, known: dict[str, Tensor]
 ) -> Certificate:
-    """The certificate with the name of the network it is about."""
+    """The certificate with the name of the network it is about, which must be the same when all is proved: some
+    parametrizations take another step whenever their weights are read."""
+    before = fingerprint(model)
     found = _certify(model, reference, inputs, tol, known)
-    return replace(found, fingerprint=fingerprint(model))
+    if fingerprint(model) != before:
+        raise StructureError(
+            "the model's numbers change as they are read (a spectral_norm in training does that), so nothing is proved "
+            "of them: call model.eval() first"
+        )
+    return replace(found, fingerprint=before)
 
 
 def _certify(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import verified
 from ..activations import ACTIVATIONS, PROVED, Activation, Hardtanh, LeakyReLU, ReLU, SoftThreshold
 from ..errors import InputError, NotWellPosedError, OptionError, StructureError
-from ..layers.chain import is_prepared
+from ..layers.chain import chain
 from ..layers.linear import QuantizedLinear
 from ..layers.mondeq import MonDEQ
 from ..operators import DenseOperator
@@ -87,8 +87,7 @@ def iterate_floor(layer: MonDEQ, x: Tensor, solver: Rounded | None = None, steps
     if not isinstance(layer, MonDEQ):
         raise StructureError(f"iterate_floor takes an equilibrium layer (MonDEQ), not {type(layer).__name__}")
     chosen: Solver = layer.solver if solver is None else solver
-    if is_prepared(layer):
-        raise StructureError("the layer is prepared for training with quantization; equipoise.convert it first")
+    chain(layer)  # a plain layer and nothing else
     if not isinstance(chosen, Rounded):
         raise OptionError(f"iterate_floor is about iterates on a grid; {chosen!r} rounds none: give it Rounded(...)")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):

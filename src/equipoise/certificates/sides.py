@@ -18,8 +18,10 @@ from ..layers.linear import QuantizedLinear, affine64
 from ..layers.mon_conv import MonotoneConvolution
 from ..norms import Euclidean
 from ..operators import DenseOperator
+from ..operators.quantized_tiers import QuantizedTiers
+from ..operators.recipes import PROVED
 from ..operators.tiers import TierOperator
-from ..parametrizations import Kernels, MonotoneKernels
+from ..parametrizations import Kernels
 from ..solvers import PeacemanRachford, Problem, solve, tuned
 from .rows import Comparison
 
@@ -145,13 +147,14 @@ class ImageSide(Side):
     def of(cls, layer: MonotoneConvolution[Any]) -> ImageSide:
         wide = copy.deepcopy(layer).to("cpu", torch.float64)
         weights = layer.recurrent
-        if isinstance(weights, MonotoneKernels):  # as the layer computes them, in its own dtype
-            kernels = weights().flat()
+        if isinstance(weights, QuantizedTiers) and type(weights) in PROVED:
+            operator = weights.operator(layer.geometry, torch.zeros(1, dtype=torch.float64))
+        else:  # as the layer computes them, in its own dtype
+            with torch.no_grad():
+                kernels = copy.deepcopy(layer).operator.kernels.flat()
             operator = TierOperator(
                 Kernels.of(tuple(k.detach().to("cpu", torch.float64) for k in kernels)), layer.geometry
             )
-        else:
-            operator = weights.operator(layer.geometry, torch.zeros(1, dtype=torch.float64))
         U = wide.injection.weight.detach().abs().sum((2, 3))
         spread = verified.absolute_norm(U) * (1 + verified.gamma(wide.injection.weight[0].numel()))
         entries = math.prod(wide.geometry.sizes[0])

@@ -121,9 +121,9 @@ class CappedConv2d(nn.Module):
 
     def _sigma(self, kernel: CappedKernel, kept: dict[Any, Any]) -> Tensor:
         """A little more than the proved norm of V, with the gradient that the power iteration sees."""
-        if "sigma" not in kept:
-            kept["sigma"] = conv_norm(kernel.weight, self.place.size, self.place.stride) * (1 + BELOW)
-        value = kernel.weight.new_tensor(kept["sigma"])
+        if (key := ("sigma", self.place)) not in kept:
+            kept[key] = conv_norm(kernel.weight, self.place.size, self.place.stride) * (1 + BELOW)
+        value = kernel.weight.new_tensor(kept[key])
         if torch.is_grad_enabled() and kernel.weight.requires_grad and value > 0:
             estimate = kernel.estimate()
             if bool(torch.isfinite(estimate.detach())):  # its squares may overflow
@@ -131,13 +131,13 @@ class CappedConv2d(nn.Module):
         return value
 
     def _norm(self, kernel: Tensor, kept: dict[Any, Any]) -> float:
-        if "norm" not in kept:
+        if (key := ("norm", self.place, getattr(self.kernel, "cap", None))) not in kept:
             found = conv_norm(kernel, self.place.size, self.place.stride)
             if isinstance(self.kernel, CodedKernel) and not self.kernel.values.exact:
                 slip = 4 * verified.UNIT * verified.absolute_norm(kernel.abs().sum((2, 3)))
                 found = verified.up(found + slip)
-            kept["norm"] = found
-        norm: float = kept["norm"]
+            kept[key] = found
+        norm: float = kept[key]
         return norm
 
     def extra_repr(self) -> str:

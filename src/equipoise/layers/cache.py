@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,8 @@ def _same(old: Tensor, new: Tensor) -> bool:
 
 
 class Derived:
-    """A dict that empties itself when a tensor of its module was written to, moved or replaced.
+    """A dict that empties itself when a tensor of its module was written to, moved or replaced, or a module of it was:
+    the same numbers may mean something else to another one, as to one that a parametrization stands before.
 
     The tensors are compared with a snapshot, entry by entry, because not every write shows in a version
     counter (``tensor.data`` hides it) and a stale constant would make a bound a lie. That costs one read of
@@ -41,15 +43,21 @@ class Derived:
     """
 
     def __init__(self) -> None:
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._kinds: list[type] = []
         self._snapshot: list[Tensor] = []
         self._versions: list[int] = []
         self._values: dict[Any, Any] = {}
 
     def of(self, module: nn.Module) -> dict[Any, Any]:
-        """The dict, empty if ``module``'s parameters or buffers differ from those of the last call."""
+        """The dict, empty if ``module``, its parts, parameters or buffers differ from those of the last call."""
+        parts = list(module.modules())
+        modules, kinds = [weakref.ref(part) for part in parts], [type(part) for part in parts]
         tensors = [*module.parameters(), *module.buffers()]
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-        if versions != self._versions or not all(map(_same, self._snapshot, tensors)):
+        same = modules == self._modules and kinds == self._kinds and versions == self._versions
+        if not same or not all(map(_same, self._snapshot, tensors)):
+            self._modules, self._kinds = modules, kinds
             self._snapshot = [tensor.detach().clone() for tensor in tensors]
             self._versions = versions
             self._values = {}

@@ -41,6 +41,9 @@ CONVOLUTIONAL = (NEMONConv2d, MonConv2d, MultiTierMonDEQ)
 IMAGES = (*CONVOLUTIONAL, nn.Unflatten, nn.AvgPool2d)
 """What is admitted in a chain only where ``images`` is asked for, as not everything here is proved of these."""
 
+LINEAR = (nn.Linear, QuantizedLinear, PreparedLinear, nn.Conv2d)
+"""What gives U x + b, or scores."""
+
 LIPSCHITZ_ONE = (
     nn.Flatten,
     nn.Identity,
@@ -52,6 +55,9 @@ LIPSCHITZ_ONE = (
     nn.Hardtanh,
 )
 """Modules without weights that are 1-Lipschitz in the 2-norm when evaluated."""
+
+CALLING = ("__call__", "__getattribute__", "__getattr__")
+"""What of a class comes before its ``forward``, or gives it other attributes than those that proofs read."""
 
 
 def chain(model: nn.Module, prepared: bool = False, images: bool = False) -> list[tuple[str, nn.Module]]:
@@ -97,6 +103,8 @@ def _known(module: nn.Module, name: str, images: bool) -> nn.Module:
     for kind in (*EQUILIBRIUM, nn.Linear, QuantizedLinear, PreparedLinear, *LIPSCHITZ_ONE, *admitted):
         if isinstance(module, kind):
             _check_plain(module, kind, name)
+            if isinstance(module, (EquilibriumLayer, ConvolutionalLayer)):
+                _check_linear(module.injection, f"{name}.injection" if name else "injection")
             return module
     allowed = ", ".join(kind.__name__ for kind in (*EQUILIBRIUM, nn.Linear, *LIPSCHITZ_ONE))
     where = f" at position {name!r}" if name else ""
@@ -116,7 +124,8 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
     """Refuse a module that says it is a ``kind`` but may compute something else: nothing would be proved of that."""
     inside = () if isinstance(module, nn.Sequential) else module.modules()
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inside))
-    own = sorted(_overridden(type(module), kind)) if kind in (*EQUILIBRIUM, *CONVOLUTIONAL) else []
+    own = sorted(_overridden(type(module), kind)) if kind in (*EQUILIBRIUM, *CONVOLUTIONAL, *LINEAR[1:]) else []
+    own += [name for name in CALLING if getattr(type(module), name) is not getattr(kind, name)]
     if hooked or own or type(module).forward is not kind.forward or "forward" in vars(module):
         what = "has forward hooks" if hooked else f"has a {own[0] if own else 'forward'} of its own"
         where = f" at position {name!r}" if name else ""
@@ -124,6 +133,18 @@ def _check_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
             f"{type(module).__name__}{where} {what}, so it may compute something else than {kind.__name__}; "
             f"remove them, or build the model of plain {kind.__name__} modules"
         )
+
+
+def _check_linear(module: nn.Module, name: str) -> None:
+    """Refuse an injection, or the last module of a network that is whole in itself, that may compute something else
+    than its weights say; a convolution that repeats the pixels of its edge enlarges what its weights bound."""
+    kind = next((kind for kind in LINEAR if isinstance(module, kind)), None)
+    if kind is None or getattr(module, "padding_mode", "zeros") not in ("zeros", "circular"):
+        known = ", ".join(kind.__name__ for kind in LINEAR)
+        raise StructureError(
+            f"{module} at position {name!r} is not supported here; known: {known}, padded by zeros or circularly"
+        )
+    _check_plain(module, kind, name)
 
 
 def _overridden(derived: type, kind: type) -> set[str]:
@@ -201,5 +222,7 @@ def multiscale_of(model: nn.Module) -> tuple[list[nn.Module], MultiscaleDEQ] | N
             f"{type(found[0]).__name__} may compute something else than a LipschitzMDEQ; give a plain one"
         )
     for module in modules:
-        _check_plain(module, type(module), "")
+        kind = next(kind for kind in (nn.Unflatten, nn.Identity, type(found[0])) if isinstance(module, kind))
+        _check_plain(module, kind, "")
+    _check_linear(found[0].linear, "head.linear")
     return modules[:-1], found[0]

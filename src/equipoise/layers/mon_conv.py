@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from ..activations import Activation, ReLU
 from ..errors import InputError, OptionError
+from ..operators import tiers_of
 from ..operators.grids import Geometry
 from ..operators.quantized_tiers import QuantizedTiers
 from ..operators.tiers import TierOperator
@@ -87,7 +88,7 @@ class MonotoneConvolution(ConvolutionalLayer, Generic[Channels]):
                 key = "operator", like.dtype, like.device
                 if key not in kept:
                     with torch.no_grad():
-                        kept[key] = self.recurrent.operator(self.geometry, like.detach())
+                        kept[key] = tiers_of(self.recurrent, self.geometry, like.detach())
                 operator: TierOperator = kept[key]
                 return operator
             constants = kept.setdefault("constants", {})

@@ -6,7 +6,16 @@ from .conv_norm import conv_norm
 from .dense import DenseOperator
 from .prepared import PreparedWeight
 from .quantized import QuantizedWeight
-from .recipes import RECIPES, Recipe, operator_of, prepare_weight, quantize_weight, scheme_from_dict, schemes
+from .recipes import (
+    RECIPES,
+    Recipe,
+    operator_of,
+    prepare_weight,
+    quantize_weight,
+    scheme_from_dict,
+    schemes,
+    tiers_of,
+)
 
 __all__ = [
     "RECIPES",
@@ -23,4 +32,5 @@ __all__ = [
     "quantize_weight",
     "scheme_from_dict",
     "schemes",
+    "tiers_of",
 ]

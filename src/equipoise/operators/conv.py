@@ -175,13 +175,15 @@ class ConvOperator(MonotoneOperator):
         return self.once("absolute_norm", compute)
 
     def distance(self, reference: ConvOperator) -> float:
-        """A bound of ‖W − W'‖_η' on images of any size, W' and η' those of a ``reference`` without doubt."""
+        """A bound of ‖W − W'‖_η' on images of any size, W' and η' those of a ``reference``."""
         exact, other = (k.weight.detach().to("cpu", torch.float64) for k in (self, reference))
         change = ConvOperator(exact - other, self.size, reference.eta)
         rows = change._rows(change._kernel64()[1].abs()) * (1 + verified.gamma(4))
         if self._doubt is not None:  # measured in η, so in η' by at most the ratio of ratios
             ratio = self.eta / reference.eta
             rows = rows + self._doubt.rows * float(ratio.max() / ratio.min()) * (1 + 1e-12)
+        if reference._doubt is not None:
+            rows = rows + reference._doubt.rows
         return verified.up(float(rows.max()))
 
     def averaging_step(self) -> float:

@@ -19,6 +19,7 @@ from .prepared import PreparedAssembled, PreparedCayley, PreparedCompensated, Pr
 from .prepared_rows import PreparedAssembledRows, PreparedStructuredRows
 from .quantized import AssembledWeight, CayleyWeight, CompensatedWeight, QuantizedWeight, StructuredWeight
 from .quantized_tiers import AssembledTiers, CompensatedTiers, QuantizedTiers, StructuredTiers
+from .tiers import TierOperator
 
 __all__ = [
     "RECIPES",
@@ -29,6 +30,7 @@ __all__ = [
     "quantize_weight",
     "scheme_from_dict",
     "schemes",
+    "tiers_of",
 ]
 
 
@@ -172,6 +174,13 @@ def operator_of(weights: QuantizedWeight, like: Tensor) -> DenseOperator:
     if type(weights) in PROVED:
         return weights.operator(like)
     return in_proving_norm(DenseOperator(weights().detach().to(like)))
+
+
+def tiers_of(weights: QuantizedTiers, geometry: Geometry, like: Tensor) -> TierOperator:
+    """:func:`operator_of` of kernels as codes, on the grids of ``geometry``: of weights that this library does
+    not know, nothing but the kernels that are multiplied by."""
+    found = weights.operator(geometry, like)
+    return found if type(weights) in PROVED else TierOperator(found.kernels, geometry)
 
 
 def _recipe(scheme: Scheme) -> Recipe:
