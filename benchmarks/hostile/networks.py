@@ -190,7 +190,7 @@ def bend_checkpoint(rng: Random) -> bytes:
     if how == 0 and isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()):
         try:
             saved = safetensors.torch.save(state)
-        except (RuntimeError, ValueError, TypeError):  # odd tensors have no place there
+        except (RuntimeError, ValueError, TypeError, KeyError):  # odd tensors have no place there
             saved = b""
         return bent_bytes(saved, rng)
     if how == 1:
