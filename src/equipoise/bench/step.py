@@ -21,6 +21,7 @@ __all__ = [
     "GradientError",
     "coarsest",
     "exact_gradients",
+    "finer",
     "gradient_error",
     "whole_batches",
 ]
@@ -106,3 +107,11 @@ def coarsest(model: nn.Sequential, layer: EquilibriumLayer, probes: list[Batch])
     backward_tol = next(backward for backward in TOLERANCES if backward <= tol or serves(tol, backward))
     layer.tol, layer.backward_tol = tol, backward_tol
     return tol, backward_tol
+
+
+def finer(layer: EquilibriumLayer) -> None:
+    """The layer's tolerances, each one place further in the list."""
+    layer.tol, layer.backward_tol = (
+        next((finer for finer in TOLERANCES if finer < given), TOLERANCES[-1])
+        for given in (layer.tol or TOLERANCES[0], layer.backward_tol or TOLERANCES[0])
+    )

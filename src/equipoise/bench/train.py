@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ..solvers import PeacemanRachford
 from .measure import Tracker, interleave, median, spread
 from .network import BATCH, CLASSES, FEATURES, Setting, stepper, trained_network, warm_up
 from .rows import LESS, Row, Target, at_most_times, bytes_text, not_measured
-from .step import ACCURACY, Batch, GradientError, coarsest, gradient_error, whole_batches
+from .step import ACCURACY, Batch, GradientError, coarsest, finer, gradient_error, whole_batches
 
 try:
     from ..training import TrainingConfig, fit
@@ -64,13 +64,18 @@ class Sizes(NamedTuple):
 FULL, QUICK = Sizes(1500, 120, 9, 12), Sizes(200, 20, 3, 4)
 
 
+ATTEMPTS = 4
+"""How often the tolerances may turn out too coarse for a network that goes on training."""
+
+
 def measure(setting: Setting, tell: Tracker, sizes: Sizes | None = None) -> dict[str, Any]:
     """Seconds a step of every network; plain values, as JSON has them.
 
     Every network trains in a plain loop with fused Adam over tensors cut into batches of 128 beforehand, a block of
     steps of each in turn; a ratio is the median over the rounds. The tolerances of an equilibrium are the coarsest that
-    keep the typical batch's gradient within 1e-2 of the exact one; it is looked at again after every block. ``fit`` is
-    the monDEQ in :func:`equipoise.training.fit`; without Lightning ``notes`` says why it is missing.
+    keep the typical batch's gradient within 1e-2 of the exact one; it is looked at again after every block, and where
+    it was not kept all is measured once more with finer ones. ``fit`` is the monDEQ in
+    :func:`equipoise.training.fit`; without Lightning ``notes`` says why it is missing.
     """
     sizes, data = sizes or (QUICK if setting.quick else FULL), setting.data
     tell.expect(5 + sizes.rounds)
@@ -79,10 +84,41 @@ def measure(setting: Setting, tell: Tracker, sizes: Sizes | None = None) -> dict
     batches = whole_batches(data.train)
     probed = list(islice(batches, sizes.probes))
     tell("tolerances")
-    tolerances = {name: coarsest(model, _layer(model), probed) for name, model in models.items()}
-    float_model = models["monDEQ"]
-    walks: dict[str, nn.Module] = {"explicit": _explicit(data), **models}
-    walks |= {name: prepare_qat(float_model, scheme) for name, scheme in SCHEMES.items()}
+    for model in models.values():
+        coarsest(model, _layer(model), probed)
+    for left in reversed(range(ATTEMPTS)):
+        times, errors = _timed(models, setting, sizes, batches, probed, tell)
+        late = [_layer(models[name]) for name in models if errors[name].median > ACCURACY]
+        if not late or not left:
+            break
+        tell.expect(tell.total + sizes.rounds + 1)
+        for layer in late:
+            finer(layer)
+    tell("memory")
+    memory = {str(count): saved_bytes(models["monDEQ"], probed[0], count) for count in LOOKED_AT}
+    return {
+        "data": data.name,
+        "batch": BATCH,
+        "steps_per_epoch": -(-len(data.train) // BATCH),
+        "steps_timed": sizes.steps * sizes.rounds,
+        "gradients": {name: _gradients(models[name], errors[name]) for name in models},
+        "networks": [_row(name, times) for name, taken in times.items() if taken],
+        "saved_bytes": memory,
+        "notes": [] if NO_LIGHTNING is None else [f"no figures of Lightning: {NO_LIGHTNING}"],
+    }
+
+
+def _timed(
+    models: dict[str, nn.Sequential],
+    setting: Setting,
+    sizes: Sizes,
+    batches: Iterator[Batch],
+    probed: list[Batch],
+    tell: Tracker,
+) -> tuple[dict[str, list[float]], dict[str, GradientError]]:
+    """Seconds a step of each round, and the worst looks at the gradients of the equilibria."""
+    walks: dict[str, nn.Module] = {"explicit": _explicit(setting.data), **models}
+    walks |= {name: prepare_qat(models["monDEQ"], scheme) for name, scheme in SCHEMES.items()}
     steps = {name: stepper(walk, STANDING) for name, walk in walks.items()}
     times: dict[str, list[float]] = {name: [] for name in (*walks, "fit", "loader")}
     errors: dict[str, list[GradientError]] = {name: [] for name in models}
@@ -96,19 +132,8 @@ def measure(setting: Setting, tell: Tracker, sizes: Sizes | None = None) -> dict
             for name, (seconds, *_) in taken.items():
                 times[name].append(seconds / sizes.steps)
             if NO_LIGHTNING is None:
-                times["fit"].append(_fitted(float_model, data, given))
-    tell("memory")
-    memory = {str(count): saved_bytes(float_model, probed[0], count) for count in LOOKED_AT}
-    return {
-        "data": data.name,
-        "batch": BATCH,
-        "steps_per_epoch": -(-len(data.train) // BATCH),
-        "steps_timed": sizes.steps * sizes.rounds,
-        "gradients": {name: _gradients(models[name], tolerances[name], errors[name]) for name in models},
-        "networks": [_row(name, times) for name, taken in times.items() if taken],
-        "saved_bytes": memory,
-        "notes": [] if NO_LIGHTNING is None else [f"no figures of Lightning: {NO_LIGHTNING}"],
-    }
+                times["fit"].append(_fitted(models["monDEQ"], setting.data, given))
+    return times, {name: GradientError(*map(max, zip(*looks, strict=True))) for name, looks in errors.items()}
 
 
 def _equilibria(data: Data, steps: int) -> dict[str, nn.Sequential]:
@@ -126,13 +151,12 @@ def _layer(model: nn.Sequential) -> EquilibriumLayer:
     return layer
 
 
-def _gradients(model: nn.Sequential, tolerances: tuple[float, float], errors: list[GradientError]) -> dict[str, Any]:
+def _gradients(model: nn.Sequential, worst: GradientError) -> dict[str, Any]:
     """How good they were, at which tolerances and steps of the solver."""
-    worst = GradientError(*(max(column) for column in zip(*errors, strict=True)))
     forward, backward = _solver_steps(_layer(model))
     return {
-        "tol": tolerances[0],
-        "backward_tol": tolerances[1],
+        "tol": _layer(model).tol,
+        "backward_tol": _layer(model).backward_tol,
         "error": worst.median,
         "error_worst": worst.worst,
         "error_together": worst.together,
