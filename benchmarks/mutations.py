@@ -41,7 +41,7 @@ import equipoise
 
 BOXES = ["test_boxes.py", "test_robust.py"]
 CERTIFICATES = [f"test_certificates{part}.py" for part in ("", "_rates", "_chain", "_verdicts")]
-EXPORT = ["test_export.py", "test_export_edges.py"]
+EXPORT = ["test_export.py", "test_export_edges.py", "test_formulas_export.py"]
 MULTISCALE = ["test_lipschitz_mdeq.py", "test_lipschitz_mdeq_codes.py", "test_lipschitz_mdeq_edges.py"]
 NEMON = ["test_families.py", "test_nemon.py", "test_nemon_quantized.py", "test_nemon_certificates.py"]
 NEMON_CONV = ["test_nemon_conv.py", "test_nemon_conv_networks.py"]
