@@ -28,8 +28,9 @@ from equipoise.export.proof import Exact, Reference, equilibrium_bounds, score_b
 from equipoise.runtime import Runtime
 
 TIGHT = 1e-6
-BUTTERFLY = [[1.0, 1.0], [1.0, -1.0]]  # √2 times a rotation: ‖M δ‖ <= 2 over |δ| <= 1, not √8
 GRID = Grid(2, 0, 8, (Fraction(1, 8),), (Fraction(-1, 2),), natural=False)
+WEIGHT = CodedMatrix(np.array([[1, -2], [3, 1]]), (Fraction(1, 3), Fraction(1, 5)), 3)
+LINEAR = CodedLinear(WEIGHT, (Fraction(1, 7),) * 2)
 LEAST, MOST = 0.998, 1.002
 """Just below and just above where something fits: nearer than 1 % of an exponent would show."""
 
@@ -53,9 +54,6 @@ def distance(real: Fraction, stored: Any, shift: int) -> float:
     return float(abs(real - Fraction(int(stored), 2**shift)))
 
 
-# Iterations
-
-
 def test_rounding_and_truncation_are_c2() -> None:
     iteration = Iteration(0.5, 3.0, math.inf, 7.0, 1, False)
     is_tight(iteration.rounding, 6.0)
@@ -69,10 +67,7 @@ def test_without_a_tolerance_a_quarter_of_the_rounding_may_be_truncated() -> Non
     quarter = Iteration(0.5, 0.5, math.inf, 16 * 0.995, 1, False)  # rounding 1, truncation(5) 0.995/4
     assert quarter.steps_for(None) == 5
     assert replace(quarter, solution_norm=16 * 1.005).steps_for(None) == 6
-    assert [finer(255), finer(2**15 - 1)][0] == "--activation-bits 16" != finer(2**15 - 1)
-
-
-# Fixed point
+    assert finer(255) == "--activation-bits 16" != finer(256)
 
 
 @pytest.mark.parametrize("bits", [31, 24])
@@ -98,16 +93,10 @@ def test_rationals_are_rounded_up_by_a_hair() -> None:
         assert value <= Fraction(above(value)) <= value * (1 + Fraction(1, 2**50))
 
 
-def linear() -> CodedLinear:
-    return CodedLinear(
-        CodedMatrix(np.array([[1, -2], [3, 1]]), (Fraction(1, 3), Fraction(1, 5)), 3), (Fraction(1, 7),) * 2
-    )
-
-
 def affine_errors(found: Affine, factor: Fraction, grid: Grid) -> list[float]:
     """1/2 + |f s_i a − M_i 2^−s| max|Σ K x| + |f b' − B 2^−s|."""
-    map_, (step,), (offset,), errors = linear(), grid.steps, grid.offsets, []
-    for i, (row, scale, bias) in enumerate(zip(map_.weight.codes.tolist(), map_.weight.scales, map_.bias, strict=True)):
+    (step,), (offset,), errors = grid.steps, grid.offsets, []
+    for i, (row, scale, bias) in enumerate(zip(WEIGHT.codes.tolist(), WEIGHT.scales, LINEAR.bias, strict=True)):
         largest = max(abs(row[0] * a + row[1] * b) for a in (grid.low, grid.high) for b in (grid.low, grid.high))
         moved = distance(factor * scale * step, found.multipliers[i, 0], found.shift) * largest
         start = factor * (bias + scale * offset * sum(row))
@@ -118,21 +107,13 @@ def affine_errors(found: Affine, factor: Fraction, grid: Grid) -> list[float]:
 
 def test_an_affine_map_errs_by_a_half_its_multipliers_and_its_offset() -> None:
     for factor in (Fraction(1, 9), Fraction(2**23, 9)):  # the second has few bits left for fractions
-        found = integer_affine(linear(), factor, (GRID.low, GRID.high), GRID.steps, GRID.offsets, "it")
+        found = integer_affine(LINEAR, factor, (GRID.low, GRID.high), GRID.steps, GRID.offsets, "it")
         is_tight(found.errors, affine_errors(found, factor, GRID))
 
 
-def test_offsets_are_as_fine_as_fits() -> None:
-    for share, shift in ((LEAST, 31), (MOST, 30)):
-        alone = CodedLinear(CodedMatrix(np.array([[1]]), (Fraction(1, 2**10),), 2), (Fraction(share) * 2**30,))
-        assert integer_affine(alone, Fraction(1), (0, 1), (Fraction(1),), (Fraction(0),), "it").shift == shift
-
-
-# Boxes
-
-
 def test_suprema_over_a_box_are_reached() -> None:
-    eye, zero, butterfly = torch.eye(2, dtype=torch.float64), torch.zeros(2).double(), f64(BUTTERFLY)
+    eye, zero = torch.eye(2).double(), torch.zeros(2).double()
+    butterfly = f64([[1.0, 1.0], [1.0, -1.0]])  # √2 times a rotation: ‖M δ‖ <= 2 over |δ| <= 1, not √8
     box, around_zero = Box(f64([3.0, 1.0]), f64([0.5, 0.25])), Box(zero, zero + 1)
     is_tight(box.entries(f64([[1.0, -2.0]]), f64([4.0])), [6.0])
     is_tight(box.norm(eye, zero), norm([3.5, 1.25]))
@@ -146,18 +127,15 @@ def test_suprema_over_a_box_are_reached() -> None:
 
 
 def test_the_box_of_a_grid_reaches_half_a_step_beyond_its_ends() -> None:
-    box, slip = box_of(GRID)
-    near = 2.0**-20 * 1.5
-    is_tight(box.center + 1, [1.0, 1.0])  # from −1/2 to 1/2
+    grid, near = replace(GRID, offsets=(Fraction(1, 2),)), 2.0**-20 * 1.5  # from 1/2 to 3/2
+    box, slip = box_of(grid)
+    is_tight(box.center, [1.0, 1.0])
     is_tight(box.half, [0.5 + 1 / 16 + near] * 2)
     is_tight(slip, [1 / 16 + near] * 2)
-    is_tight(half_step(GRID), [1 / 16] * 2)
-    box, slip = box_of(replace(GRID, natural=True))
+    is_tight(half_step(grid), [1 / 16] * 2)
+    box, slip = box_of(replace(grid, natural=True))
     is_tight(box.half, [0.5 + near] * 2)
     is_tight(slip, [near] * 2)
-
-
-# Cayley
 
 
 def cayley_map(**values: Any) -> Any:
@@ -167,8 +145,8 @@ def cayley_map(**values: Any) -> Any:
     return SimpleNamespace(**{**known, "q": f64([2.0, 1.5]), **values})
 
 
-def cayley_entry(unit: Fraction, error: float = 0.75) -> tuple[Any, Fraction]:
-    return SimpleNamespace(magnitude=np.array([300, 500]), errors=np.array([error, 2 * error])), unit
+def cayley_entry(unit: Fraction) -> tuple[Any, Fraction]:
+    return SimpleNamespace(magnitude=np.array([300, 500]), errors=np.array([0.75, 1.5])), unit
 
 
 @pytest.mark.parametrize("size", [2.0, 60000.0])
@@ -187,30 +165,20 @@ def test_what_a_cayley_step_loses(size: float) -> None:
     is_tight(lost, unit * norm(own) + 1.5 * float(p_unit) * norm(entry.errors), 1e-8)
 
 
-def test_the_start_of_cayley_is_as_fine_as_fits_30_bits() -> None:
-    for share, fraction in ((LEAST, 16), (MOST, 15)):
-        on = cayley_map(c=np.array([share * 2**14]))
-        assert cayley._start(on, cayley_entry(Fraction(1)), 1.0)[1] == fraction
-
-
 def test_how_far_cayley_iterates_reach() -> None:
     on, entry = cayley_map(c=np.array([1.0, 2.0])), cayley_entry(Fraction(1, 999))
     is_tight(cayley._largest(on, 1.0, 0.25, 255), 0.4 * 6.5 + 2 + 0.25)
     for limit in (255, 2**15 - 1):
         unit = cayley._proved_unit(on, entry, limit)
         error = cayley._error(on, entry, unit, limit)[0]
-        # the unit may have been found a few times 1e-6 too coarse
-        is_tight(limit * unit, 0.4 * (3 + error) / 0.5 + 2 + error, 1e-4)
+        is_tight(limit * unit, 0.4 * (3 + error) / 0.5 + 2 + error, 1e-4)  # found in steps of 1e-6
         plan = cayley._build(on, entry, limit, unit, checked=False)
         is_tight(plan.iteration.step_error, error)
         is_tight(plan.iteration.iterate_norm, (3 + error) / 0.5)
         is_tight(plan.iteration.solution_norm, 3 / 0.5)
-        finer_unit = cayley._build(on, entry, limit, unit / 4, checked=True)
-        is_tight(finer_unit.iteration.iterate_norm, limit * unit / 4 * math.sqrt(2))
+        checked = cayley._build(on, entry, limit, unit / 4, checked=True)
+        is_tight(checked.iteration.iterate_norm, limit * unit / 4 * math.sqrt(2))
     is_tight(cayley._norm(f64([3.0, 4.0])), 5.0)
-
-
-# Factored
 
 
 def factored_map(**values: Any) -> Any:
@@ -223,7 +191,7 @@ def factored_map(**values: Any) -> Any:
 @pytest.mark.parametrize("size", [2.0, 1.5e6])
 def test_what_a_factored_step_loses(size: float) -> None:
     on, unit, limit = factored_map(q=np.array([size, 1.5])), 2.0**-8, 255
-    lost, program = factored._error(on, linear(), GRID, unit, limit)
+    lost, program = factored._error(on, LINEAR, GRID, unit, limit)
     assert program.fraction == (20 if size == 2 else 1)  # 0.75 · 1.5e6 · 2^8 · 2 < 2^30
     alpha, affine = Fraction(on.alpha), program.injection
     pulls = []
@@ -243,34 +211,34 @@ def test_coarse_pulls_cost_what_they_round() -> None:
     (values, shift), bits, lost = factored._pull(on, Fraction(1, 2), np.full(8, 510), 30)
     largest = (int(values[0]) * 510 >> shift) + 1
     assert 2**30 <= 8 * largest <= 2**31 - 1
-    is_tight(
-        lost, [8 * (0.5 + distance(Fraction(91, 3) ** 2 / 2 * 2**bits, values[0], shift) * 510) / 2**bits] * 2, 1e-8
-    )
+    each = 0.5 + distance(Fraction(91, 3) ** 2 / 2 * 2**bits, values[0], shift) * 510
+    is_tight(lost, [8 * each / 2**bits] * 2, 1e-8)
     # one more bit would not fit, and the last that does is used
     for share, fits in ((LEAST, 16), (MOST, 15)):
         one = factored_map(A=CodedMatrix(np.array([[1]]), (Fraction(1),), 2))
         assert factored._pull(one, Fraction(share) * 2**15 / 2**8, np.array([2**8]), 30)[1] == fits
 
 
-def test_the_injection_of_factored_is_as_fine_as_fits_30_bits() -> None:
-    for share, fraction in ((LEAST, 10), (MOST, 9)):
-        on = factored_map(q=np.array([share * 2**20]))
-        assert factored._entry(on, linear(), GRID, Fraction(1), 30)[1] == fraction
-    assert factored._entry(factored_map(q=np.array([LEAST * 2**30])), linear(), GRID, Fraction(1), 30)[1] == 0
+def test_injections_are_as_fine_as_fits() -> None:
+    for share, less in ((LEAST, 0), (MOST, 1)):
+        alone = CodedLinear(CodedMatrix(np.array([[1]]), (Fraction(1, 2**10),), 2), (Fraction(share) * 2**30,))
+        found = integer_affine(alone, Fraction(1), (0, 1), (Fraction(1),), (Fraction(0),), "it")
+        assert found.shift == 31 - less  # offsets below 2^61
+        start = cayley._start(cayley_map(c=np.array([share * 2**14])), cayley_entry(Fraction(1)), 1.0)
+        entry = factored._entry(factored_map(q=np.array([share * 2**20])), LINEAR, GRID, Fraction(1), 30)
+        assert (start[1], entry[1]) == (16 - less, 10 - less)  # both below 2^30
+    assert factored._entry(factored_map(q=np.array([LEAST * 2**30])), LINEAR, GRID, Fraction(1), 30)[1] == 0
     with pytest.raises(OptionError, match="units far"):
-        factored._entry(factored_map(q=np.array([MOST * 2**30])), linear(), GRID, Fraction(1), 30)
+        factored._entry(factored_map(q=np.array([MOST * 2**30])), LINEAR, GRID, Fraction(1), 30)
 
 
 def test_how_far_factored_iterates_reach() -> None:
     is_tight(factored._iterate_norm(factored_map(), 0.25), (0.75 * 3 + 0.25) / 0.5)
     is_tight(factored._iterate_norm(factored_map(margin=2.0), 0.25), 3 + 0.25 / 0.5)  # 2 · 3/2 + ε/(1 − ρ)
     for limit in (255, 2**15 - 1):
-        unit = factored._proved_unit(factored_map(), linear(), GRID, limit)
-        error = factored._error(factored_map(), linear(), GRID, unit, limit)[0]
+        unit = factored._proved_unit(factored_map(), LINEAR, GRID, limit)
+        error = factored._error(factored_map(), LINEAR, GRID, unit, limit)[0]
         is_tight(limit * unit, (0.75 * 3 + error) / 0.5, 1e-4)
-
-
-# Proofs
 
 
 def network(W: float, U: float, b: float, margin: float, errors: tuple[float, float, float] = (0, 0, 0)) -> Exact:
@@ -308,15 +276,10 @@ def test_displacement_is_t3_in_its_better_form(margins: tuple[float, float]) -> 
 
 def test_scores_err_by_head_equilibrium_and_rounding() -> None:
     head = nn.Linear(2, 2).double()
-    with torch.no_grad():
-        head.weight.copy_(f64([[3.0, 4.0], [0.0, 1.0]]))
-        head.bias.copy_(f64([1.0, 2.0]))
+    head.weight, head.bias = nn.Parameter(f64([[3.0, 4.0], [0.0, 1.0]])), nn.Parameter(f64([1.0, 2.0]))
     used = f64([[3.0, 4.5], [0.0, 1.0]]), f64([1.25, 2.0])
     reference: Any = SimpleNamespace(network=SimpleNamespace(head=head))
     is_tight(score_bound(reference, used, f64([0.125, 0.25]), 0.5, 6.0), 5 * 0.5 + 0.5 * 6 + 0.25 + 0.125)
-
-
-# One input
 
 
 class Fixed(Runtime):
