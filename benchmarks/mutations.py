@@ -39,10 +39,11 @@ from trials.campaign import trial
 
 import equipoise
 
-BOXES = ["test_boxes.py", "test_robust.py"]
-CERTIFICATES = [f"test_certificates{part}.py" for part in ("", "_rates", "_chain", "_verdicts")]
+FORMULAS = ["test_formulas_certificates.py"]
+BOXES = ["test_boxes.py", "test_robust.py", *FORMULAS]
+CERTIFICATES = [*(f"test_certificates{part}.py" for part in ("", "_rates", "_chain", "_verdicts")), *FORMULAS]
 EXPORT = ["test_export.py", "test_export_edges.py", "test_formulas_export.py"]
-MULTISCALE = ["test_lipschitz_mdeq.py", "test_lipschitz_mdeq_codes.py", "test_lipschitz_mdeq_edges.py"]
+MULTISCALE = ["test_lipschitz_mdeq.py", "test_lipschitz_mdeq_codes.py", "test_lipschitz_mdeq_edges.py", *FORMULAS]
 NEMON = ["test_families.py", "test_nemon.py", "test_nemon_quantized.py", "test_nemon_certificates.py"]
 NEMON_CONV = ["test_nemon_conv.py", "test_nemon_conv_networks.py"]
 TIERS = ["test_mon_conv.py", "test_mon_conv_codes.py", "test_mon_conv_edges.py", "test_spectra.py"]
@@ -56,7 +57,7 @@ TESTS = {
     "certificates/convergence.py": [*CERTIFICATES, *NEMON, *NEMON_CONV, *TIERS, "test_rounded.py"],
     "certificates/displacement.py": CERTIFICATES,
     "certificates/iterates.py": ["test_rounded.py"],
-    "certificates/printed.py": ["test_certificates_verdicts.py", "test_report.py"],
+    "certificates/printed.py": ["test_certificates_verdicts.py", "test_report.py", *FORMULAS],
     "certificates/robustness.py": BOXES,
     "certificates/rows.py": [*BOXES, *NEMON],
     "certificates/types.py": CERTIFICATES,
