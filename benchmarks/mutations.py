@@ -39,7 +39,7 @@ from trials.campaign import trial
 
 import equipoise
 
-FORMULAS = ["test_formulas_certificates.py"]
+FORMULAS = ["test_formulas_certificates.py", "test_formulas_operators.py"]
 BOXES = ["test_boxes.py", "test_robust.py", *FORMULAS]
 CERTIFICATES = [*(f"test_certificates{part}.py" for part in ("", "_rates", "_chain", "_verdicts")), *FORMULAS]
 EXPORT = ["test_export.py", "test_export_edges.py", "test_formulas_export.py"]
@@ -56,7 +56,7 @@ TESTS = {
     "certificates/certify.py": CERTIFICATES,
     "certificates/convergence.py": [*CERTIFICATES, *NEMON, *NEMON_CONV, *TIERS, "test_rounded.py"],
     "certificates/displacement.py": CERTIFICATES,
-    "certificates/iterates.py": ["test_rounded.py"],
+    "certificates/iterates.py": ["test_rounded.py", *FORMULAS],
     "certificates/printed.py": ["test_certificates_verdicts.py", "test_report.py", *FORMULAS],
     "certificates/robustness.py": BOXES,
     "certificates/rows.py": [*BOXES, *NEMON],
@@ -66,14 +66,14 @@ TESTS = {
     "certificates/sides.py": [*CERTIFICATES, *TIERS],
     "certificates/multiscale.py": MULTISCALE,
     "operators/conv_norm.py": ["test_conv_norm.py", *MULTISCALE],
-    "operators/symbol_bounds.py": [*TIERS, "test_conv_norm.py"],
-    "operators/quantized_tiers.py": TIERS,
-    "operators/tiers.py": TIERS,
+    "operators/symbol_bounds.py": [*TIERS, "test_conv_norm.py", *FORMULAS],
+    "operators/quantized_tiers.py": [*TIERS, *FORMULAS],
+    "operators/tiers.py": [*TIERS, *FORMULAS],
     "layers/multiscale_proofs.py": MULTISCALE,
     "export/proof.py": EXPORT,
     "runtime.py": EXPORT,
-    "operators/spectra.py": [*TIERS, "test_conv_norm.py"],
-    "operators/conv.py": NEMON_CONV,
+    "operators/spectra.py": [*TIERS, "test_conv_norm.py", *FORMULAS],
+    "operators/conv.py": [*NEMON_CONV, *FORMULAS],
     "layers/lipschitz_mdeq.py": MULTISCALE,
     "layers/steps.py": MULTISCALE,
     "export/boxes.py": EXPORT,
@@ -82,7 +82,7 @@ TESTS = {
     "export/cayley.py": EXPORT,
     "export/factored.py": EXPORT,
     "export/fixedpoint.py": EXPORT,
-    "verified.py": VERIFIED,
+    "verified.py": [*VERIFIED, *FORMULAS],
 }
 """The modules that are mutated, and the tests that are theirs."""
 
