@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise.certificates.fingerprint import fingerprint
 from equipoise.data import Preprocessing
 from equipoise.files import load, save
 from equipoise.importers import FORMATS, import_model
@@ -219,8 +220,8 @@ def test_the_name_of_the_file_does_not_matter(old_zip: bool, tmp_path: Path) -> 
     state = monotone_op_net()
     torch.save(state, tmp_path / "a.safetensors", _use_new_zipfile_serialization=not old_zip)
     safetensors.torch.save_file(state, tmp_path / "b.pt")
-    for name in ("a.safetensors", "b.pt"):
-        import_model(tmp_path / name, "monotone_op_net")
+    first, second = (import_model(tmp_path / name, "monotone_op_net") for name in ("a.safetensors", "b.pt"))
+    assert fingerprint(first) == fingerprint(second)
 
 
 # What is refused

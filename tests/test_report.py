@@ -193,8 +193,9 @@ def test_a_ladder_of_no_rung_or_one_is_drawn(ladder: Ladder, count: int) -> None
         chosen=0 if count else None,
         requirements=Requirements(),
     )
-    Page(render(short))
-    rendered(ladder_table(short))
+    text, table = Page(render(short)).text, rendered(ladder_table(short))
+    assert ("Assembled" in text) == ("assembled" in table) == bool(count)
+    assert "structured" not in table
 
 
 def test_rungs_without_figures_and_of_unknown_schemes_are_drawn() -> None:

@@ -156,7 +156,7 @@ def _states() -> dict[str, dict[str, Tensor]]:
 class Bomb:
     """What a pickle may do when it is loaded: here it makes the folder that this names."""
 
-    where = "/tmp/hostile-pickle"
+    where = str(Path(tempfile.gettempdir()) / f"hostile-pickle-{os.getpid()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (self.where,)
